@@ -1,0 +1,1 @@
+"""Messages in, text out: the inference engine. It knows nothing of HTTP."""

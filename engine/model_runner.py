@@ -1,0 +1,163 @@
+"""The step: a batch in, token ids out. What is particular to a device is decided here."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from engine.attention import AttentionBatch, make_span
+from engine.packed_linear import can_pack, pack_linears
+from engine.sampler import Sampler
+from engine.scheduler import Chunk
+from engine.sequence import SamplingParams, Sequence
+
+BLOCK_SIZE = 16
+"""Tokens in a block of the KV cache."""
+
+
+def choose_device(name: str) -> torch.device:
+    """The device that "auto", "cuda" or "cpu" means on this machine.
+
+    Raises:
+        ValueError: if there is a GPU that torch can't use, or none where one was asked for.
+    """
+    if name == "cpu":
+        return torch.device("cpu")
+    if torch.cuda.is_available():
+        return torch.device("cuda")
+    if Path("/proc/driver/nvidia").exists():
+        raise ValueError(
+            f"there is a GPU, but this torch ({torch.__version__}) can't use its driver, which is often too "
+            "old for the newest torch: install a torch build for the CUDA version that nvidia-smi shows, or "
+            "serve without the GPU with --device cpu"
+        )
+    if name == "cuda":
+        raise ValueError("--device cuda: there is no GPU here")
+    return torch.device("cpu")
+
+
+def choose_dtype(name: str, device: torch.device) -> torch.dtype:
+    """The type of weights and cache that "auto", "bfloat16" or "float32" means on a device."""
+    if name == "auto":
+        # Most processors don't compute in bfloat16: there it is several times slower than float32.
+        return torch.float32 if device.type == "cpu" else torch.bfloat16
+    return torch.bfloat16 if name == "bfloat16" else torch.float32
+
+
+def load_model(model: Path, device: torch.device, dtype: torch.dtype) -> Any:
+    """Loads the causal language model in the folder `model`, with paged attention, onto a device."""
+    loaded = AutoModelForCausalLM.from_pretrained(
+        model, dtype=dtype, device_map={"": device}, attn_implementation="paged", local_files_only=True
+    )
+    if device.type == "cpu" and can_pack(dtype):
+        pack_linears(loaded)
+    return loaded.eval()
+
+
+class ModelRunner:
+    """Runs a model over a paged KV cache."""
+
+    def __init__(self, model: Any, *, num_blocks: int, max_num_seqs: int) -> None:
+        """
+        Args:
+            model: a causal language model of transformers, with paged attention.
+            num_blocks: blocks of the KV cache.
+            max_num_seqs: the most sequences of one step.
+        """
+        config = model.config
+        self._model = model
+        self._device: torch.device = model.device
+        self._sampler = Sampler(max_num_seqs, config.vocab_size, self._device)
+        shape = (num_blocks, BLOCK_SIZE, config.num_key_value_heads, config.head_dim)
+        self._kv_cache = [
+            (
+                torch.zeros(shape, dtype=model.dtype, device=self._device),
+                torch.zeros(shape, dtype=model.dtype, device=self._device),
+            )
+            for _ in range(config.num_hidden_layers)
+        ]
+
+    @torch.inference_mode()
+    def run(self, batch: list[Chunk]) -> list[int | None]:
+        """Computes a step.
+
+        Returns:
+            The sampled token of each chunk that samples, in order; None where its logits are not numbers.
+        """
+        logits = self._forward(batch)
+        sequences = [chunk.sequence for chunk in batch if chunk.samples]
+        return self._sampler.sample(logits, sequences) if sequences else []
+
+    def check_device(self) -> None:
+        """Raises if the device is lost. A step that fails may have failed alone."""
+        if self._device.type == "cuda":
+            torch.cuda.synchronize()
+
+    def _forward(self, batch: list[Chunk]) -> Tensor:
+        """The logits of each chunk that samples: [chunks, vocab_size], float32."""
+        token_ids: list[int] = []
+        positions: list[int] = []
+        slots: list[int] = []
+        spans = []
+        last: list[int] = []
+        for chunk in batch:
+            sequence, start = chunk.sequence, len(token_ids)
+            first, end = sequence.num_computed, sequence.num_computed + chunk.num_tokens
+            table = sequence.block_table
+            token_ids += sequence.token_ids[first:end]
+            positions += range(first, end)
+            slots += [table[p // BLOCK_SIZE] * BLOCK_SIZE + p % BLOCK_SIZE for p in range(first, end)]
+            spans.append(make_span(start, chunk.num_tokens, end, table[: -(-end // BLOCK_SIZE)], self._device))
+            if chunk.samples:
+                last.append(len(token_ids) - 1)
+        output = self._model(
+            input_ids=self._tensor(token_ids).unsqueeze(0),
+            position_ids=self._tensor(positions).unsqueeze(0),
+            logits_to_keep=self._tensor(last),
+            batch=AttentionBatch(self._kv_cache, self._tensor(slots), spans),
+            use_cache=False,
+        )
+        logits: Tensor = output.logits[0].float()
+        return logits
+
+    def _tensor(self, values: list[int]) -> Tensor:
+        return torch.tensor(values, dtype=torch.long, device=self._device)
+
+
+def kv_bytes_per_token(model: Any) -> int:
+    """Bytes that a token's keys and values take in all layers."""
+    config = model.config
+    per_layer = 2 * config.num_key_value_heads * config.head_dim * model.dtype.itemsize
+    return int(per_layer * config.num_hidden_layers)
+
+
+def kv_tokens_that_fit(model: Any, *, max_batch_tokens: int, max_num_seqs: int, gpu_memory_utilization: float) -> int:
+    """Tokens of KV cache for which there is memory beside the model and what a step needs.
+
+    On a GPU a step of the largest size is run to see what it needs. On the CPU a quarter of the free
+    memory is taken: the rest is the user's.
+    """
+    if model.device.type == "cpu":
+        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 4
+        return int(free // kv_bytes_per_token(model))
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    _run_largest_step(model, max_batch_tokens, max_num_seqs)
+    step = torch.cuda.max_memory_allocated() - before
+    torch.cuda.empty_cache()
+    free, total = torch.cuda.mem_get_info()
+    usable = int(total * gpu_memory_utilization) - (total - free) - step
+    return max(0, usable) // kv_bytes_per_token(model)
+
+
+def _run_largest_step(model: Any, max_batch_tokens: int, max_num_seqs: int) -> None:
+    num_blocks = -(-max_batch_tokens // BLOCK_SIZE)
+    runner = ModelRunner(model, num_blocks=num_blocks, max_num_seqs=max_num_seqs)
+    decodes = [Sequence([0], SamplingParams(), block_table=[0], row=row) for row in range(max_num_seqs - 1)]
+    prompt = Sequence([0] * (max_batch_tokens - len(decodes)), SamplingParams(), row=max_num_seqs - 1)
+    prompt.block_table = list(range(num_blocks))
+    runner.run([Chunk(sequence, sequence.num_pending) for sequence in [*decodes, prompt]])

@@ -1,0 +1,174 @@
+"""Who runs in the next step. No tensors."""
+
+from collections import deque
+from dataclasses import dataclass
+
+from engine.block_pool import BlockPool, hash_block
+from engine.sequence import Sequence
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """The part of a sequence that a step computes: the first `num_tokens` of its pending tokens."""
+
+    sequence: Sequence
+    num_tokens: int
+
+    @property
+    def samples(self) -> bool:
+        """Whether the step computes the last token there is, and so can tell the next."""
+        return self.num_tokens == self.sequence.num_pending
+
+
+class Scheduler:
+    """Fills each step's token budget: who decodes first, then prompts, in the order of their arrival.
+
+    A sequence that is admitted owns blocks for all tokens it has; while it decodes it takes more, one at
+    a time. When there are none left, the youngest is preempted: it gives back its blocks and waits, first
+    in the queue, to be computed again.
+    """
+
+    def __init__(self, pool: BlockPool, *, max_batch_tokens: int, max_num_seqs: int) -> None:
+        """
+        Args:
+            pool: the KV cache's blocks.
+            max_batch_tokens: the most tokens a step computes.
+            max_num_seqs: the most sequences that run at once.
+        """
+        self.pool = pool
+        self.max_batch_tokens = max_batch_tokens
+        self.waiting: deque[Sequence] = deque()
+        self.running: list[Sequence] = []
+        """In the order of their admission."""
+        self.num_preemptions = 0
+        self._free_rows = list(reversed(range(max_num_seqs)))
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self.waiting or self.running)
+
+    def add(self, sequence: Sequence) -> None:
+        self.waiting.append(sequence)
+
+    def remove(self, sequence: Sequence) -> None:
+        """Forgets a sequence, whatever its state, and frees what it holds."""
+        if sequence in self.running:
+            self._stop_running(sequence)
+        elif sequence in self.waiting:
+            self.waiting.remove(sequence)
+
+    def schedule(self) -> list[Chunk]:
+        """The next step. Empty only when there is nothing to do."""
+        batch = self._schedule_decodes()
+        budget = self.max_batch_tokens - len(batch)
+        for sequence in self.running:
+            if sequence.num_pending > 1 and budget > 0:
+                batch.append(Chunk(sequence, min(sequence.num_pending, budget)))
+                budget -= batch[-1].num_tokens
+        while budget > 0 and self.waiting and self._admit(self.waiting[0]):
+            sequence = self.waiting.popleft()
+            batch.append(Chunk(sequence, min(sequence.num_pending, budget)))
+            budget -= batch[-1].num_tokens
+        return batch
+
+    def postprocess(self, batch: list[Chunk], token_ids: list[int | None]) -> list[Sequence]:
+        """Takes in what a step computed.
+
+        Args:
+            batch: the step.
+            token_ids: for each chunk that samples, in the order of the batch, its token; None if its logits
+                were not numbers.
+
+        Returns:
+            The sequences that sampled. Those that are finished by it have left.
+        """
+        sampled = [chunk.sequence for chunk in batch if chunk.samples]
+        for chunk in batch:
+            self._advance(chunk)
+        for sequence, token_id in zip(sampled, token_ids, strict=True):
+            sequence.append(token_id)
+            if sequence.finish_reason == "error":  # what it left in the cache must not reach anybody else
+                for block in sequence.block_table:
+                    self.pool.forget(block)
+            if sequence.finish_reason is not None:
+                self._stop_running(sequence)
+        return sampled
+
+    def _schedule_decodes(self) -> list[Chunk]:
+        batch: list[Chunk] = []
+        for sequence in self.running[: self.max_batch_tokens]:
+            if sequence.num_pending == 1 and self._grow(sequence):
+                batch.append(Chunk(sequence, 1))
+        return batch
+
+    def _grow(self, sequence: Sequence) -> bool:
+        """Makes room for the pending token. False if `sequence` itself had to be preempted, now or before."""
+        if sequence.num_computed < len(sequence.block_table) * self.pool.block_size:
+            return True
+        while sequence.row >= 0 and self.pool.num_unused == 0:
+            self._preempt(self.running[-1])
+        if sequence.row >= 0:
+            sequence.block_table.append(self.pool.allocate())
+        return sequence.row >= 0
+
+    def _preempt(self, sequence: Sequence) -> None:
+        self._stop_running(sequence)
+        self.waiting.appendleft(sequence)
+        self.num_preemptions += 1
+
+    def _admit(self, sequence: Sequence) -> bool:
+        """Gives a waiting sequence the blocks for all its tokens, if there are enough.
+
+        Blocks that hold the beginning of it already are shared. The last token is always left to compute:
+        it is what the first logits come from.
+        """
+        if not self._free_rows:
+            return False
+        cached = self._find_cached(sequence)
+        num_new = self.pool.blocks_for(len(sequence.token_ids)) - len(cached)
+        num_unused = self.pool.num_unused - sum(not self.pool.is_used(block) for block in cached)
+        # One block is left to each that runs, or the newcomer would soon be preempted for them.
+        if num_new + len(self.running) > num_unused:
+            return False
+        for block in cached:
+            self.pool.share(block)
+        sequence.block_table = cached + [self.pool.allocate() for _ in range(num_new)]
+        sequence.num_computed = len(cached) * self.pool.block_size
+        sequence.row = self._free_rows.pop()
+        self.running.append(sequence)
+        return True
+
+    def _find_cached(self, sequence: Sequence) -> list[int]:
+        cached: list[int] = []
+        for index in range((len(sequence.token_ids) - 1) // self.pool.block_size):
+            block = self.pool.find(self._hash(sequence, index))
+            if block is None:
+                break
+            cached.append(block)
+        return cached
+
+    def _advance(self, chunk: Chunk) -> None:
+        """Counts a chunk as computed, and lets others find the blocks that it filled."""
+        sequence, size = chunk.sequence, self.pool.block_size
+        first_filled = sequence.num_computed // size
+        sequence.num_computed += chunk.num_tokens
+        for index in range(first_filled, sequence.num_computed // size):
+            self.pool.publish(sequence.block_table[index], self._hash(sequence, index))
+
+    def _hash(self, sequence: Sequence, index: int) -> bytes:
+        """The hash of a sequence's full block number `index`; those before it were asked for already."""
+        hashes, size = sequence.block_hashes, self.pool.block_size
+        if index == len(hashes):
+            parent = hashes[-1] if hashes else b""
+            hashes.append(hash_block(parent, sequence.token_ids[index * size : (index + 1) * size]))
+        return hashes[index]
+
+    def _stop_running(self, sequence: Sequence) -> None:
+        self.running.remove(sequence)
+        # Last block first: the tail of a prefix is worth less than its beginning, and is reused before it.
+        for block in reversed(sequence.block_table):
+            self.pool.release(block)
+        self._free_rows.append(sequence.row)
+        sequence.block_table = []
+        sequence.num_computed = 0
+        sequence.row = -1

@@ -1,0 +1,1 @@
+"""What goes over the wire. It knows nothing of tensors."""
