@@ -236,9 +236,9 @@ class Engine:
         try:
             while self._read_inbox():
                 self._step()
-        except Exception as error:
+        except Exception:
             log.critical("the engine has failed", exc_info=True)
-            self._loop.call_soon_threadsafe(self._fail, EngineDeadError(f"the engine has failed: {error}"))
+            self._loop.call_soon_threadsafe(self._fail, EngineDeadError("the engine has failed"))
 
     def _read_inbox(self) -> bool:
         """Does what the event loop asks for; sleeps while there is nothing else to do. False: stop."""
@@ -272,7 +272,7 @@ class Engine:
 
 
 def _output_of(sequence: Sequence) -> _Output:
-    if sequence.finish_reason == "error":
+    if sequence.failed:
         return _Output(error=GenerationError("the model's logits are not numbers"))
     return _Output(sequence.token_ids[-1], sequence.finish_reason)
 
@@ -313,11 +313,14 @@ def load(
         torch.set_num_threads(threads)
     loaded = load_model(model, torch_device, choose_dtype(dtype, torch_device))
     max_batch_tokens = max_batch_tokens or (256 if torch_device.type == "cpu" else 2048)
+    max_num_seqs = min(max_num_seqs, max_batch_tokens)  # each takes a token of the budget
     longest = loaded.config.max_position_embeddings
-    max_model_len = min(max_model_len or longest, longest)
+    if max_model_len > longest:
+        raise ValueError(f"max_model_len is {max_model_len}, but the model was trained for {longest} tokens")
+    max_model_len = max_model_len or longest
     kv_cache_tokens = kv_cache_tokens or min(
-        # More than each sequence's longest is of no use.
-        max_num_seqs * max_model_len,
+        # On the CPU, whose memory is the user's, a few of the longest; more than all of them is of no use.
+        max_model_len * (16 if torch_device.type == "cpu" else max_num_seqs),
         kv_tokens_that_fit(
             loaded,
             max_batch_tokens=max_batch_tokens,

@@ -87,10 +87,10 @@ class Scheduler:
             self._advance(chunk)
         for sequence, token_id in zip(sampled, token_ids, strict=True):
             sequence.append(token_id)
-            if sequence.finish_reason == "error":  # what it left in the cache must not reach anybody else
+            if sequence.failed:  # what it left in the cache must not reach anybody else
                 for block in sequence.block_table:
                     self.pool.forget(block)
-            if sequence.finish_reason is not None:
+            if sequence.is_finished:
                 self._stop_running(sequence)
         return sampled
 

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
-FinishReason = Literal["stop", "length", "error"]
+FinishReason = Literal["stop", "length"]
 
 
 @dataclass(frozen=True)
@@ -66,6 +66,8 @@ class Sequence:
     row: int = -1
     """Where the sampler keeps what it knows of this sequence; -1 while it is not running."""
     finish_reason: FinishReason | None = None
+    failed: bool = False
+    """Whether it ended without a reason: its logits were not numbers."""
 
     def __post_init__(self) -> None:
         self.num_prompt_tokens = len(self.token_ids)
@@ -79,10 +81,14 @@ class Sequence:
     def num_output_tokens(self) -> int:
         return len(self.token_ids) - self.num_prompt_tokens
 
+    @property
+    def is_finished(self) -> bool:
+        return self.failed or self.finish_reason is not None
+
     def append(self, token_id: int | None) -> None:
         """Adds a sampled token, and finishes the sequence if it is its last, or if none could be sampled."""
         if token_id is None:
-            self.finish_reason = "error"
+            self.failed = True
             return
         self.token_ids.append(token_id)
         if token_id in self.stop_token_ids:

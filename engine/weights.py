@@ -6,6 +6,7 @@ Sizes and headers only, no hashing: milliseconds for an 8B model, so the server 
 import json
 import os
 import re
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ AUTODL_DATA_DISK = Path("/root/autodl-tmp")
 
 INDEX = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
+SHARD_NAME = re.compile(r"[A-Za-z0-9_.-]{1,200}\.safetensors")  # beside the index, never elsewhere
 REQUIRED_JSON = ("config.json", "tokenizer.json")
 OPTIONAL_JSON = ("generation_config.json", "tokenizer_config.json", "special_tokens_map.json")
 
@@ -23,7 +25,7 @@ MAX_HEADER_BYTES = 100_000_000
 
 def default_models_folder() -> Path:
     """AutoDL's data disk where there is one (its system disk is too small), else `./models`."""
-    # os.path.isdir answers False where Path.is_dir raises: /root is closed to other users.
+    # os.path answers False where pathlib raises: /root is closed to other users.
     return AUTODL_DATA_DISK if os.path.isdir(AUTODL_DATA_DISK) else Path("models")
 
 
@@ -40,7 +42,7 @@ def find_model(models_folder: Path, model_id: str = MODEL_ID) -> Path:
         raise ValueError(f"the model id {model_id!r} is not of the form owner/name")
     owner, name = model_id.split("/")
     dotless = name.replace(".", "___")
-    # Resolved snapshots last, the client's default revision first among them.
+    # Of several revisions the client's default comes first.
     snapshots = (models_folder / "models" / f"{owner}--{name}" / "snapshots").glob("*")
     places = [
         models_folder / owner / name,
@@ -55,6 +57,14 @@ def find_model(models_folder: Path, model_id: str = MODEL_ID) -> Path:
     return next(complete, begun[0] if begun else places[0])
 
 
+def download_command(model: Path) -> str:
+    """The command that completes the folder `model`; for a folder that is none of ours, the plain one."""
+    for folder in model.absolute().parents:
+        if find_model(folder) == model.absolute() and folder != default_models_folder().absolute():
+            return f"python model_download.py --models-folder {shlex.quote(str(folder))}"
+    return "python model_download.py"
+
+
 def problems(model: Path) -> list[str]:
     """What keeps the folder `model` from being loaded: one line a file, none if it is complete.
 
@@ -63,7 +73,7 @@ def problems(model: Path) -> list[str]:
     if not model.is_dir():
         return [f"{model}: no such folder"]
     found = [_json_problem(model / name) for name in REQUIRED_JSON]
-    found += [_json_problem(model / name) for name in OPTIONAL_JSON if (model / name).exists()]
+    found += [_json_problem(model / name) for name in OPTIONAL_JSON if os.path.exists(model / name)]
     try:
         found += [_shard_problem(model / name) for name in shard_names(model)]
     except ValueError as error:
@@ -77,14 +87,14 @@ def shard_names(model: Path) -> list[str]:
     Raises:
         ValueError: if the index is missing, not readable, or names anything but files beside it.
     """
-    if (model / SINGLE_FILE).exists():
+    if os.path.exists(model / SINGLE_FILE):
         return [SINGLE_FILE]
     index = _read_json(model / INDEX)
     weight_map = index.get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise ValueError(f"{INDEX}: damaged, it has no weight_map")
     for name in weight_map.values():
-        if not isinstance(name, str) or not re.fullmatch(r"[\w.-]+\.safetensors", name):
+        if not isinstance(name, str) or not SHARD_NAME.fullmatch(name):
             raise ValueError(f"{INDEX}: damaged, {name!r:.80} is not a safetensors file beside it")
     return sorted(set(weight_map.values()))
 
@@ -116,16 +126,15 @@ def _data_end(tensor: Any) -> int:
 
 
 def _shard_problem(shard: Path) -> str | None:
-    if not shard.is_file():
-        return f"{shard.name}: missing"
-    actual = shard.stat().st_size
     try:
-        expected = expected_size(shard)
-    except (ValueError, OSError) as error:
-        return f"{shard.name}: damaged, {actual:,} bytes ({error})"
-    if actual != expected:
-        return f"{shard.name}: {actual:,} bytes, expected {expected:,}"
-    return None
+        actual, expected = shard.stat().st_size, expected_size(shard)
+    except FileNotFoundError:
+        return f"{shard.name}: missing"
+    except OSError as error:
+        return f"{shard.name}: not readable ({error.strerror})"
+    except ValueError as error:
+        return f"{shard.name}: damaged, {shard.stat().st_size:,} bytes ({error})"
+    return None if actual == expected else f"{shard.name}: {actual:,} bytes, expected {expected:,}"
 
 
 def _json_problem(path: Path) -> str | None:

@@ -1,0 +1,101 @@
+"""One error body, on every route."""
+
+import logging
+from http import HTTPStatus
+from typing import Any, TypeVar
+
+from fastapi import FastAPI, Request
+from fastapi.responses import JSONResponse, Response
+from pydantic import BaseModel, ValidationError
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
+
+from engine.engine import EngineDeadError, GenerationError, PromptTooLongError, QueueFullError
+from serving.schemas import now
+
+log = logging.getLogger("llama.serving")
+
+T = TypeVar("T", bound=BaseModel)
+
+_RETRY_AFTER = "1"
+"""Seconds. A place in the queue comes free with each answer that ends."""
+
+
+class ApiError(Exception):
+    """What is wrong with a request, or with the server, as the client is told it."""
+
+    def __init__(
+        self, status: int, message: str, *, param: str | None = None, headers: dict[str, str] | None = None
+    ) -> None:
+        super().__init__(message)
+        self.status = status
+        self.param = param
+        self.headers = headers
+
+    @property
+    def body(self) -> dict[str, Any]:
+        """`{"error": {"message", "type", "param", "code"}, "status", "time"}`"""
+        kind = {401: "authentication_error", 429: "rate_limit_error"}.get(
+            self.status, "server_error" if self.status >= 500 else "invalid_request_error"
+        )
+        code = HTTPStatus(self.status).name.lower()
+        error = {"message": str(self), "type": kind, "param": self.param, "code": code}
+        return {"error": error, "status": self.status, "time": now()}
+
+    @property
+    def response(self) -> JSONResponse:
+        return JSONResponse(self.body, self.status, self.headers)
+
+
+def to_api_error(error: Exception, request_id: str) -> ApiError:
+    """What a client is told of an exception: of the engine's and the server's own, no internals."""
+    match error:
+        case ApiError():
+            return error
+        case HTTPException():
+            return ApiError(error.status_code, error.detail, headers=dict(error.headers or {}))
+        case PromptTooLongError():
+            return ApiError(400, str(error), param="prompt")
+        case QueueFullError():
+            return ApiError(429, f"the server is busy: {error}", headers={"Retry-After": _RETRY_AFTER})
+        case EngineDeadError():
+            return ApiError(503, f"{error}", headers={"Retry-After": _RETRY_AFTER})
+        case GenerationError():
+            return ApiError(500, f"request {request_id} failed in the engine")
+    log.error("request %s failed", request_id, exc_info=error)
+    return ApiError(500, f"request {request_id} failed")
+
+
+def parse(schema: type[T], body: bytes) -> T:
+    """Reads a request's body, whatever its Content-Type: the tutorial's curl line sends a form's.
+
+    Raises:
+        ApiError: 400 if it is not JSON; 422, with the field's name, if the schema refuses it.
+    """
+    try:
+        return schema.model_validate_json(body)
+    except ValidationError as error:
+        faults = error.errors(include_url=False, include_context=False, include_input=False)
+    first = faults[0]
+    if first["type"] == "json_invalid":
+        raise ApiError(400, f"the body is not JSON: {first['msg'].removeprefix('Invalid JSON: ')}")
+    named = [(".".join(map(str, fault["loc"])), fault["msg"]) for fault in faults[:8]]
+    message = "; ".join(f"{name}: {text}" if name else text for name, text in named)
+    raise ApiError(422, message, param=named[0][0] or None)
+
+
+async def _client_left(request: Request, error: Exception) -> Response:
+    # Nobody reads it; 499 is what nginx calls it.
+    return Response(status_code=499)
+
+
+async def _answer(request: Request, error: Exception) -> JSONResponse:
+    return to_api_error(error, request.state.request_id).response
+
+
+def install(app: FastAPI) -> None:
+    """Lets every error of the app be answered in the one form."""
+    for kind in (ApiError, HTTPException, PromptTooLongError, QueueFullError, EngineDeadError, GenerationError):
+        app.add_exception_handler(kind, _answer)
+    app.add_exception_handler(Exception, _answer)
+    app.add_exception_handler(ClientDisconnect, _client_left)

@@ -1,0 +1,91 @@
+"""Every knob, once: its name, default, bounds and meaning. Set by a LLAMA_* variable or a --flag."""
+
+import argparse
+import sys
+from collections.abc import Sequence as Seq
+from pathlib import Path
+from typing import Literal, NoReturn, Self
+
+from pydantic import Field, ValidationError
+from pydantic_settings import BaseSettings, CliSettingsSource, SettingsConfigDict
+
+from engine.weights import default_models_folder, find_model
+
+DEMO_MODEL = Path(__file__).parent.parent / "demo" / "model"
+
+
+class Settings(BaseSettings):
+    """A flag wins over its variable, and that over the default."""
+
+    model_config = SettingsConfigDict(
+        env_prefix="LLAMA_",
+        use_attribute_docstrings=True,
+        cli_kebab_case=True,
+        cli_implicit_flags=True,
+        cli_avoid_json=True,
+        cli_hide_none_type=True,
+        extra="forbid",
+        frozen=True,
+    )
+
+    model: str = ""
+    """folder of the model, or "demo"; empty: what model_download.py puts into the models folder"""
+    models_folder: Path = Field(default_factory=default_models_folder)
+    """where models are kept"""
+    host: str = "0.0.0.0"
+    """address to listen on; 127.0.0.1 is reached from this machine only"""
+    port: int = Field(6006, ge=0, le=65535)
+    """port to listen on; 0 takes one that is free"""
+    device: Literal["auto", "cuda", "cpu"] = "auto"
+    """where the model runs; auto: on the GPU if there is one"""
+    dtype: Literal["auto", "bfloat16", "float32"] = "auto"
+    """type of the weights; auto: bfloat16 on a GPU, float32 on the CPU"""
+    threads: int = Field(0, ge=0, le=1024)
+    """CPU threads of the engine; 0: as many as there are cores"""
+    max_model_len: int = Field(0, ge=0)
+    """most tokens of a prompt and its answer together; 0: what the model was trained for"""
+    max_queue: int = Field(256, ge=1)
+    """most requests that wait; those beyond are refused with 429"""
+    max_num_seqs: int = Field(256, ge=1, le=4096)
+    """most requests that run at once"""
+    max_batch_tokens: int = Field(0, ge=0)
+    """most tokens computed in a step; 0: 2048 on a GPU, 256 on the CPU"""
+    kv_cache_tokens: int = Field(0, ge=0)
+    """tokens that the KV cache holds; 0: as many as there is memory for"""
+    gpu_memory_utilization: float = Field(0.9, gt=0, le=1)
+    """share of the GPU's memory that may be used in all"""
+    max_body_bytes: int = Field(4_194_304, ge=1024)
+    """largest request body; one beyond is refused with 413"""
+    log_content: bool = False
+    """log prompts and answers too"""
+
+    @property
+    def model_path(self) -> Path:
+        """The folder of the model to serve."""
+        if self.model == "demo":
+            return DEMO_MODEL
+        return Path(self.model) if self.model else find_model(self.models_folder)
+
+    @property
+    def is_public(self) -> bool:
+        """Whether other machines can reach the server."""
+        return self.host not in ("127.0.0.1", "::1", "localhost")
+
+    @classmethod
+    def from_command_line(cls, arguments: Seq[str] | None = None) -> Self:
+        """Reads flags and variables. Where one is wrong, says which in one line and exits with 2."""
+        parser = _Parser(prog="api.py", description="Serves Llama-3-8B-Instruct over HTTP.")
+        source: CliSettingsSource[argparse.ArgumentParser] = CliSettingsSource(
+            cls, root_parser=parser, cli_parse_args=list(sys.argv[1:] if arguments is None else arguments)
+        )
+        try:
+            return cls(_cli_settings_source=source)
+        except ValidationError as error:
+            fault = error.errors()[0]
+            name = "-".join(str(part) for part in fault["loc"]).replace("_", "-")
+            parser.error(f"--{name}: {fault['msg']}, not {fault['input']!r}")
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message} (see {self.prog} --help)\n")

@@ -1,0 +1,329 @@
+"""The whole engine in this process: asyncio in front, its thread behind."""
+
+import asyncio
+import random
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from engine import engine as engine_module
+from engine.chat_format import Message
+from engine.engine import (
+    Delta,
+    Engine,
+    EngineDeadError,
+    GenerationError,
+    PromptTooLongError,
+    QueueFullError,
+    Usage,
+    load,
+)
+from engine.scheduler import Chunk
+from engine.sequence import SamplingParams
+
+GREEDY = SamplingParams(temperature=0, max_tokens=12)
+
+
+def user(content: str) -> list[Message]:
+    return [{"role": "user", "content": content}]
+
+
+@asynccontextmanager
+async def running(model: Path, **options: Any) -> AsyncIterator[Engine]:
+    engine = load(model, device="cpu", **{"kv_cache_tokens": 2048, "max_num_seqs": 32, **options})
+    engine.start()
+    try:
+        yield engine
+    finally:
+        await engine.stop()
+
+
+async def ask(engine: Engine, content: str, params: SamplingParams = GREEDY) -> list[Delta]:
+    generation = await engine.generate(user(content), params)
+    try:
+        return [delta async for delta in generation]
+    finally:
+        generation.close()
+
+
+def text(deltas: list[Delta]) -> str:
+    return "".join(delta.text for delta in deltas)
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    async with asyncio.timeout(30):
+        while not condition():
+            await asyncio.sleep(0.005)
+
+
+def all_blocks_are_back(engine: Engine) -> bool:
+    scheduler = engine._scheduler
+    return scheduler.pool.num_unused == scheduler.pool.num_blocks and not scheduler.has_work
+
+
+def run(scenario: Awaitable[None]) -> None:
+    async def main() -> None:
+        async with asyncio.timeout(120):
+            await scenario
+
+    asyncio.run(main())
+
+
+def test_an_answer_has_a_reason_and_a_usage(tiny_model: Path) -> None:
+    async def scenario() -> None:
+        async with running(tiny_model) as engine:
+            deltas = await ask(engine, "hello")
+            assert deltas[-1].finish_reason == "length"
+            # "user" and "assistant" are bytes to this tokenizer
+            assert deltas[-1].usage == Usage(4 + 4 + 2 + 5 + 2 + 9 + 2, 12)
+            assert all(delta.finish_reason is None and delta.usage is None for delta in deltas[:-1])
+
+    run(scenario())
+
+
+def test_the_same_seed_gives_the_same_answer_alone_and_among_31_others(tiny_model: Path) -> None:
+    params = SamplingParams(seed=7, temperature=1.2, max_tokens=40)
+
+    async def scenario() -> None:
+        async with running(tiny_model) as engine:
+            alone = text(await ask(engine, "who?", params))
+            others = [ask(engine, f"other {n}", SamplingParams(seed=n, top_p=1, max_tokens=20 + n)) for n in range(31)]
+            answers = await asyncio.gather(*others[:16], ask(engine, "who?", params), *others[16:])
+            assert text(answers[16]) == alone
+            assert text(await ask(engine, "who?", SamplingParams(seed=8, temperature=1.2, max_tokens=40))) != alone
+
+    run(scenario())
+
+
+def test_a_prompt_that_does_not_fit_is_refused_with_both_numbers(tiny_model: Path) -> None:
+    async def scenario() -> None:
+        async with running(tiny_model, max_model_len=100) as engine:
+            with pytest.raises(PromptTooLongError, match=r"the prompt has 128 tokens; the context is 100"):
+                await engine.generate(user("x" * 105), GREEDY)
+
+    run(scenario())
+
+
+def test_max_tokens_is_cut_to_what_fits_and_the_answer_says_so(tiny_model: Path) -> None:
+    async def scenario() -> None:
+        async with running(tiny_model, max_model_len=100) as engine:
+            last = (await ask(engine, "x" * 67, SamplingParams(max_tokens=90)))[-1]
+            assert last.finish_reason == "length"
+            assert last.usage == Usage(90, 10)
+
+    run(scenario())
+
+
+def test_a_stop_string_ends_the_answer_before_it(tiny_model: Path) -> None:
+    async def scenario() -> None:
+        async with running(tiny_model) as engine:
+            params = SamplingParams(seed=1, temperature=1.0, max_tokens=60)
+            whole = text(await ask(engine, "hello", params))
+            stop = whole[20:23]
+            deltas = await ask(engine, "hello", SamplingParams(seed=1, temperature=1.0, max_tokens=60, stop=(stop,)))
+            assert text(deltas) == whole[: whole.index(stop)]
+            assert deltas[-1].finish_reason == "stop"
+            await until(lambda: all_blocks_are_back(engine))
+
+    run(scenario())
+
+
+def test_the_queue_is_bounded(tiny_model: Path) -> None:
+    async def scenario() -> None:
+        async with running(tiny_model, max_num_seqs=1, max_queue=2) as engine:
+            long = SamplingParams(max_tokens=400)
+            first = await engine.generate(user("a"), long)
+            await anext(first)
+            waiting = [await engine.generate(user("b"), GREEDY) for _ in range(2)]
+            with pytest.raises(QueueFullError, match="2 requests"):
+                await engine.generate(user("c"), GREEDY)
+            first.close()
+            for generation in waiting:
+                assert [delta async for delta in generation][-1].finish_reason == "length"
+
+    run(scenario())
+
+
+def test_who_leaves_frees_everything_before_the_next_step_but_one(tiny_model: Path) -> None:
+    async def scenario() -> None:
+        async with running(tiny_model) as engine:
+            steps: list[list[Chunk]] = []
+            run_step = engine._runner.run
+
+            def counted(batch: list[Chunk]) -> list[int | None]:
+                steps.append(batch)
+                return run_step(batch)
+
+            engine._runner.run = counted  # type: ignore[method-assign]
+            generation = await engine.generate(user("a"), SamplingParams(max_tokens=400))
+            await anext(generation)
+            generation.close()
+            begun = len(steps)
+            await until(lambda: all_blocks_are_back(engine))
+            assert len(steps) <= begun + 1
+
+    run(scenario())
+
+
+def test_a_step_that_fails_fails_those_in_it_and_nobody_else(tiny_model: Path) -> None:
+    async def scenario() -> None:
+        async with running(tiny_model) as engine:
+            expected = text(await ask(engine, "good"))
+            run_step = engine._runner.run
+            failures = iter([True])
+
+            def broken(batch: list[Chunk]) -> list[int | None]:
+                if next(failures, False):
+                    raise RuntimeError("out of memory")
+                return run_step(batch)
+
+            engine._runner.run = broken  # type: ignore[method-assign]
+            with pytest.raises(GenerationError):
+                await ask(engine, "bad")
+            assert text(await ask(engine, "good")) == expected
+            assert engine.failure is None
+            await until(lambda: all_blocks_are_back(engine))
+
+    run(scenario())
+
+
+def test_a_sequence_whose_logits_are_no_numbers_fails_alone(tiny_model: Path) -> None:
+    async def scenario() -> None:
+        async with running(tiny_model) as engine:
+            expected = text(await ask(engine, "good"))
+            sample = engine._runner._sampler.sample
+
+            def poisoned(logits: Any, sequences: Any) -> list[int | None]:
+                for row, sequence in enumerate(sequences):
+                    if sequence.params.seed == 13:
+                        logits = logits.clone()
+                        logits[row] = float("nan")
+                return sample(logits, sequences)
+
+            engine._runner._sampler.sample = poisoned  # type: ignore[method-assign]
+            good, bad = await asyncio.gather(
+                ask(engine, "good"),
+                ask(engine, "bad", SamplingParams(seed=13)),
+                return_exceptions=True,
+            )
+            assert isinstance(bad, GenerationError)
+            assert isinstance(good, list)
+            assert text(good) == expected
+            await until(lambda: all_blocks_are_back(engine))
+
+    run(scenario())
+
+
+def test_when_the_engine_dies_everybody_is_told_and_nobody_else_is_let_in(tiny_model: Path) -> None:
+    async def scenario() -> None:
+        async with running(tiny_model) as engine:
+            def lost(*_: object) -> None:
+                raise RuntimeError("device lost")
+
+            waiting = [asyncio.create_task(ask(engine, "a", SamplingParams(max_tokens=400))) for _ in range(4)]
+            await until(lambda: len(engine._scheduler.running) == 4)
+            engine._scheduler.schedule = lost  # type: ignore[method-assign, assignment]
+            results = await asyncio.gather(*waiting, return_exceptions=True)
+            assert all(isinstance(result, EngineDeadError) for result in results)
+            assert engine.failure is not None
+            assert engine.stopped.is_set()
+            with pytest.raises(EngineDeadError):
+                await engine.generate(user("b"), GREEDY)
+
+    run(scenario())
+
+
+def test_a_lost_device_ends_the_engine(tiny_model: Path) -> None:
+    async def scenario() -> None:
+        async with running(tiny_model) as engine:
+            def lost(*_: object) -> Any:
+                raise RuntimeError("device lost")
+
+            engine._runner.run = engine._runner.check_device = lost  # type: ignore[method-assign]
+            with pytest.raises(EngineDeadError):
+                await ask(engine, "a")
+            await engine.stopped.wait()
+
+    run(scenario())
+
+
+def test_no_mix_of_ends_leaks_a_block(tiny_model: Path) -> None:
+    """Finished, stopped, left, refused and failed requests, in a cache that is too small for them all."""
+    generator = random.Random(4)
+
+    async def client(engine: Engine, n: int) -> None:
+        content = generator.choice(["same beginning " * 3, f"{n} "]) + "x" * generator.randrange(60)
+        if n % 10 == 0:
+            content = "x" * 600
+        params = SamplingParams(
+            max_tokens=generator.randrange(1, 60), seed=n, temperature=1.5, stop=("e",) if n % 3 == 0 else ()
+        )
+        leaves_after = generator.randrange(1, 30) if n % 4 == 0 else 1000
+        try:
+            generation = await engine.generate(user(content), params)
+        except (PromptTooLongError, QueueFullError):
+            return
+        try:
+            async for _ in generation:
+                leaves_after -= 1
+                if leaves_after == 0:
+                    break
+        except GenerationError:
+            pass
+        finally:
+            generation.close()
+
+    async def scenario() -> None:
+        async with running(tiny_model, kv_cache_tokens=512, max_queue=40, max_num_seqs=16) as engine:
+            run_step = engine._runner.run
+
+            def unreliable(batch: list[Chunk]) -> list[int | None]:
+                if generator.random() < 0.02:
+                    raise RuntimeError("this step")
+                return [None if generator.random() < 0.01 else token for token in run_step(batch)]
+
+            engine._runner.run = unreliable  # type: ignore[method-assign]
+            await asyncio.gather(*(client(engine, n) for n in range(120)))
+            await until(lambda: all_blocks_are_back(engine))
+            assert engine._generations == {}
+            assert len(engine._scheduler._free_rows) == 16
+
+    run(scenario())
+
+
+def test_a_long_prompt_does_not_hold_up_the_event_loop_nor_the_streams(tiny_model: Path) -> None:
+    async def scenario() -> None:
+        async with running(tiny_model, max_batch_tokens=32, max_num_seqs=8) as engine:
+            steps: list[list[Chunk]] = []
+            run_step = engine._runner.run
+
+            def recorded(batch: list[Chunk]) -> list[int | None]:
+                steps.append(batch)
+                return run_step(batch)
+
+            engine._runner.run = recorded  # type: ignore[method-assign]
+            stream = await engine.generate(user("stream"), SamplingParams(max_tokens=200))
+            await anext(stream)
+            begun = len(steps)
+            prompt = asyncio.create_task(ask(engine, "x" * 400, SamplingParams(max_tokens=1)))
+            await prompt
+            # Every step in which the prompt was prefilled brought the stream a token too.
+            prefill = [batch for batch in steps[begun:] if any(chunk.num_tokens > 1 for chunk in batch)]
+            assert len(prefill) >= 420 // 31
+            assert all(any(chunk.sequence is stream._sequence for chunk in batch) for batch in prefill)
+            stream.close()
+
+    run(scenario())
+
+
+def test_what_a_model_was_not_trained_for_is_refused(tiny_model: Path) -> None:
+    with pytest.raises(ValueError, match="max_model_len is 513, but the model was trained for 512"):
+        load(tiny_model, device="cpu", max_model_len=513)
+
+
+def test_a_folder_that_is_not_complete_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"can't be served.*config\.json"):
+        engine_module.check(tmp_path, "cpu")

@@ -1,0 +1,114 @@
+"""Greedy answers equal those of transformers' generate, token for token, however the work is cut up."""
+
+import random
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import LlamaForCausalLM
+
+from engine.block_pool import BlockPool
+from engine.model_runner import BLOCK_SIZE, ModelRunner, load_model
+from engine.scheduler import Scheduler
+from engine.sequence import SamplingParams, Sequence
+from tests.models import SHAPES, make_model
+
+CPU = torch.device("cpu")
+NUM_SEQUENCES = 110
+
+
+def make_sequences() -> list[Sequence]:
+    """Of mixed lengths; a third begins like one before it."""
+    generator = random.Random(1)
+    sequences: list[Sequence] = []
+    for _ in range(NUM_SEQUENCES):
+        token_ids = [generator.randrange(256) for _ in range(generator.randrange(2, 150))]
+        if sequences and generator.random() < 0.3:
+            token_ids = generator.choice(sequences).token_ids[:100] + token_ids[:20]
+        penalty = generator.choice([1.0, 1.1, 1.3])
+        params = SamplingParams(
+            max_tokens=generator.randrange(1, 50), temperature=0, repetition_penalty=penalty
+        )
+        sequences.append(Sequence(token_ids, params))
+    return sequences
+
+
+def run_together(model: Path, sequences: list[Sequence], num_blocks: int, max_batch_tokens: int) -> Scheduler:
+    scheduler = Scheduler(
+        BlockPool(num_blocks, BLOCK_SIZE), max_batch_tokens=max_batch_tokens, max_num_seqs=24
+    )
+    runner = ModelRunner(load_model(model, CPU, torch.float32), num_blocks=num_blocks, max_num_seqs=24)
+    arrivals = list(reversed(sequences))
+    while scheduler.has_work or arrivals:
+        for _ in range(4):
+            if arrivals:
+                scheduler.add(arrivals.pop())
+        batch = scheduler.schedule()
+        scheduler.postprocess(batch, runner.run(batch))
+    return scheduler
+
+
+@torch.inference_mode()
+def generate(model: Path, prompts: list[list[int]], params: list[SamplingParams]) -> list[list[int]]:
+    reference = LlamaForCausalLM.from_pretrained(model, dtype=torch.float32)
+    return [
+        reference.generate(
+            torch.tensor([prompt]),
+            attention_mask=torch.ones(1, len(prompt), dtype=torch.long),
+            do_sample=False,
+            max_new_tokens=p.max_tokens,
+            repetition_penalty=p.repetition_penalty,
+            eos_token_id=None,
+            pad_token_id=0,
+        )[0].tolist()
+        for prompt, p in zip(prompts, params, strict=True)
+    ]
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_the_tokens_of_transformers(shape: str, tmp_path: Path) -> None:
+    model = make_model(tmp_path, shape)
+    sequences = make_sequences()
+    expected = generate(model, [list(s.token_ids) for s in sequences], [s.params for s in sequences])
+
+    scheduler = run_together(model, sequences, num_blocks=40, max_batch_tokens=48)
+
+    assert [s.token_ids for s in sequences] == expected
+    assert scheduler.pool.num_unused == 40
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_the_tokens_of_transformers_across_preemption(shape: str, tmp_path: Path) -> None:
+    model = make_model(tmp_path, shape)
+    generator = random.Random(3)
+    sequences = [
+        Sequence(
+            [generator.randrange(256) for _ in range(generator.randrange(2, 20))],
+            SamplingParams(max_tokens=generator.randrange(40, 80), temperature=0, repetition_penalty=1.1),
+        )
+        for _ in range(12)
+    ]
+    expected = generate(model, [list(s.token_ids) for s in sequences], [s.params for s in sequences])
+
+    scheduler = run_together(model, sequences, num_blocks=14, max_batch_tokens=48)
+
+    assert [s.token_ids for s in sequences] == expected
+    assert scheduler.num_preemptions > 3
+
+
+def test_a_cached_prefix_changes_no_token(tmp_path: Path) -> None:
+    model = make_model(tmp_path)
+    prompt = [random.Random(2).randrange(256) for _ in range(90)]
+    first, second = (Sequence(list(prompt), SamplingParams(max_tokens=30, temperature=0)) for _ in range(2))
+    scheduler = Scheduler(BlockPool(40, BLOCK_SIZE), max_batch_tokens=256, max_num_seqs=4)
+    runner = ModelRunner(load_model(model, CPU, torch.float32), num_blocks=40, max_num_seqs=4)
+    computed = []
+    for sequence in (first, second):
+        scheduler.add(sequence)
+        computed.append(0)
+        while scheduler.has_work:
+            batch = scheduler.schedule()
+            computed[-1] += sum(chunk.num_tokens for chunk in batch)
+            scheduler.postprocess(batch, runner.run(batch))
+    assert computed == [90 + 29, 90 + 29 - 80]
+    assert first.token_ids == second.token_ids

@@ -1,0 +1,160 @@
+import random
+
+from engine.block_pool import BlockPool
+from engine.scheduler import Chunk, Scheduler
+from engine.sequence import SamplingParams, Sequence
+
+BLOCK = 4
+
+
+def make_scheduler(num_blocks: int = 64, max_batch_tokens: int = 16, max_num_seqs: int = 8) -> Scheduler:
+    pool = BlockPool(num_blocks, BLOCK)
+    return Scheduler(pool, max_batch_tokens=max_batch_tokens, max_num_seqs=max_num_seqs)
+
+
+def make_sequence(num_tokens: int, max_tokens: int = 4, first: int = 0) -> Sequence:
+    return Sequence(list(range(first, first + num_tokens)), SamplingParams(max_tokens=max_tokens))
+
+
+def step(scheduler: Scheduler, token_id: int | None = 7) -> list[Chunk]:
+    batch = scheduler.schedule()
+    scheduler.postprocess(batch, [token_id for chunk in batch if chunk.samples])
+    return batch
+
+
+def sizes(batch: list[Chunk]) -> list[int]:
+    return [chunk.num_tokens for chunk in batch]
+
+
+def test_prompts_are_taken_in_the_order_of_arrival_within_the_budget() -> None:
+    scheduler = make_scheduler(max_batch_tokens=16)
+    first, second, third = (make_sequence(10, first=100 * n) for n in range(3))
+    for sequence in (first, second, third):
+        scheduler.add(sequence)
+    batch = scheduler.schedule()
+    assert [(chunk.sequence, chunk.num_tokens, chunk.samples) for chunk in batch] == [
+        (first, 10, True),
+        (second, 6, False),
+    ]
+
+
+def test_who_decodes_gets_a_token_in_every_step_while_a_long_prompt_is_prefilled() -> None:
+    scheduler = make_scheduler(max_batch_tokens=16)
+    stream = make_sequence(4, max_tokens=100)
+    scheduler.add(stream)
+    step(scheduler)
+    prompt = make_sequence(150, first=1000)
+    scheduler.add(prompt)
+    while prompt.num_output_tokens == 0:
+        before = stream.num_output_tokens
+        batch = step(scheduler)
+        assert stream.num_output_tokens == before + 1
+        assert sum(sizes(batch)) <= 16
+    assert stream.num_output_tokens == 1 + -(-150 // 15)
+
+
+def test_blocks_of_a_known_beginning_are_shared_but_the_last_token_is_computed() -> None:
+    scheduler = make_scheduler()
+    first = make_sequence(12, max_tokens=20)
+    scheduler.add(first)
+    step(scheduler)
+    second = make_sequence(12, max_tokens=20)
+    scheduler.add(second)
+    batch = scheduler.schedule()
+    assert sizes(batch) == [1, 4]
+    assert second.block_table[:2] == first.block_table[:2]
+    assert second.block_table[2] != first.block_table[2]
+
+
+def test_an_answer_is_found_again_in_the_next_turn() -> None:
+    scheduler = make_scheduler()
+    first = make_sequence(6, max_tokens=7)
+    scheduler.add(first)
+    while scheduler.has_work:
+        step(scheduler)
+    turn = Sequence([*first.token_ids, 50, 51, 52, 53], SamplingParams())
+    scheduler.add(turn)
+    assert sizes(scheduler.schedule()) == [len(turn.token_ids) - 12]
+
+
+def test_different_prompts_share_nothing() -> None:
+    scheduler = make_scheduler()
+    scheduler.add(make_sequence(12))
+    step(scheduler)
+    other = make_sequence(12, first=1)
+    scheduler.add(other)
+    assert sizes(scheduler.schedule()) == [1, 12]
+
+
+def test_when_blocks_run_out_the_youngest_waits_and_comes_back_first() -> None:
+    scheduler = make_scheduler(num_blocks=8)
+    old, young = make_sequence(8, max_tokens=24), make_sequence(8, max_tokens=20, first=100)
+    scheduler.add(old)
+    scheduler.add(young)
+    while scheduler.num_preemptions == 0:
+        step(scheduler)
+    late = make_sequence(8, first=200)
+    scheduler.add(late)
+    assert list(scheduler.waiting) == [young, late]
+    finished: list[Sequence] = []
+    while scheduler.has_work:
+        batch = scheduler.schedule()
+        finished += [s for s in scheduler.postprocess(batch, [7] * sum(c.samples for c in batch)) if s.is_finished]
+    assert finished[0] is old
+    assert set(finished[1:]) == {young, late}
+    assert (old.num_output_tokens, young.num_output_tokens) == (24, 20)
+    assert scheduler.pool.num_unused == 8
+
+
+def test_a_sequence_that_fills_the_cache_alone_is_finished() -> None:
+    scheduler = make_scheduler(num_blocks=4)
+    sequence = make_sequence(10, max_tokens=6)
+    scheduler.add(sequence)
+    while scheduler.has_work:
+        step(scheduler)
+    assert sequence.finish_reason == "length"
+
+
+def test_what_a_failed_sequence_left_in_the_cache_is_not_found() -> None:
+    scheduler = make_scheduler()
+    bad, good = make_sequence(12), make_sequence(12)
+    scheduler.add(bad)
+    step(scheduler, token_id=None)
+    assert bad.failed
+    scheduler.add(good)
+    assert sizes(scheduler.schedule()) == [12]
+
+
+def test_any_mix_of_arrivals_aborts_and_failures_gives_all_blocks_and_rows_back() -> None:
+    generator = random.Random(5)
+    for _ in range(40):
+        blocks = generator.randrange(12, 40)
+        scheduler = make_scheduler(num_blocks=blocks, max_batch_tokens=generator.randrange(8, 40))
+        alive: list[Sequence] = []
+        for _ in range(200):
+            if generator.random() < 0.3:
+                length = generator.randrange(1, 30)
+                alive.append(make_sequence(length, max_tokens=generator.randrange(1, 18), first=generator.choice([0, 0, 99])))
+                scheduler.add(alive[-1])
+            if alive and generator.random() < 0.1:
+                scheduler.remove(alive.pop(generator.randrange(len(alive))))
+            batch = scheduler.schedule()
+            assert bool(batch) == scheduler.has_work
+            assert len({id(chunk.sequence) for chunk in batch}) == len(batch)
+            assert all(0 < chunk.num_tokens <= chunk.sequence.num_pending for chunk in batch)
+            assert all(
+                chunk.sequence.num_computed + chunk.num_tokens <= len(chunk.sequence.block_table) * BLOCK
+                for chunk in batch
+            )
+            assert sum(sizes(batch)) <= scheduler.max_batch_tokens
+            failing = generator.random() < 0.05
+            if failing and generator.random() < 0.5:
+                for chunk in batch:
+                    scheduler.remove(chunk.sequence)
+            else:
+                scheduler.postprocess(batch, [None if failing else 7 for chunk in batch if chunk.samples])
+        while scheduler.has_work:
+            step(scheduler)
+        assert scheduler.pool.num_unused == blocks
+        assert sorted(scheduler._free_rows) == list(range(8))
+        assert not any(scheduler.pool.is_used(block) for block in range(blocks))
