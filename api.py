@@ -1,12 +1,11 @@
 """A FastAPI server for Llama-3-8B-Instruct.
 
-    python api.py                                   serves the model that model_download.py has fetched
-    python api.py --model demo                      serves the small one that comes with the source
-    curl -X POST http://127.0.0.1:6006 -d '{"prompt": "你好"}'
+python api.py                                   serves the model that model_download.py has fetched
+python api.py --model demo                      serves the small one that comes with the source
+curl -X POST http://127.0.0.1:6006 -d '{"prompt": "你好"}'
 """
 
 import asyncio
-import json
 import logging
 import os
 import signal
@@ -19,9 +18,10 @@ from fastapi import APIRouter, FastAPI, Request
 from fastapi.responses import JSONResponse, Response
 
 from engine.engine import Delta, Engine, EngineDeadError, check, load
-from serving import errors
+from serving import docs, errors
 from serving.errors import ApiError, parse, to_api_error
-from serving.exchange import EventStream, Exchange, RequestIds, unless_client_leaves
+from serving.exchange import EventStream, Exchange, RequestIds
+from serving.limits import read_body, unless_client_leaves
 from serving.schemas import ChatAnswer, ChatRequest
 from serving.settings import Settings
 
@@ -29,10 +29,11 @@ log = logging.getLogger("llama")
 router = APIRouter()
 
 
-@router.post("/")
+@router.post("/", response_model=ChatAnswer, responses=docs.ERRORS, openapi_extra=docs.json_body(ChatRequest))
 async def create_answer(request: Request) -> Response:
     """Answers a prompt, in one piece or, with `stream`, as server-sent events."""
-    chat = parse(ChatRequest, await request.body())
+    settings: Settings = request.app.state.settings
+    chat = parse(ChatRequest, await read_body(request, settings.max_body_bytes))
     exchange = await begin(request, chat)
     if chat.stream:
         return EventStream(events(exchange), exchange)
@@ -88,7 +89,7 @@ async def events(exchange: Exchange) -> AsyncIterator[str]:
             yield f"data: {ChatAnswer.of(delta).model_dump_json(exclude_none=True)}\n\n"
         yield "data: [DONE]\n\n"
     except Exception as error:
-        yield f"data: {json.dumps(to_api_error(error, exchange.request_id).body, ensure_ascii=False)}\n\n"
+        yield f"data: {to_api_error(error, exchange.request_id).body.model_dump_json()}\n\n"
 
 
 @asynccontextmanager
@@ -118,20 +119,19 @@ async def lifespan(app: FastAPI) -> AsyncIterator[None]:
 
 
 async def exit_with(engine: Engine) -> None:
-    """Ends the process, as one that failed, when the engine has: a supervisor starts it again."""
+    """Ends the process, as failed, when the engine is: a supervisor starts it again."""
     await engine.stopped.wait()
     os.kill(os.getpid(), signal.SIGTERM)
 
 
 def build_app(settings: Settings) -> FastAPI:
     """The app. It loads nothing until it starts."""
-    app = FastAPI(
-        title="Llama-3-8B-Instruct", lifespan=lifespan, max_body_size=settings.max_body_bytes
-    )
+    app = FastAPI(title="Llama-3-8B-Instruct", lifespan=lifespan)
     app.state.settings = settings
     app.add_middleware(RequestIds)
     app.include_router(router)
     errors.install(app)
+    docs.document(app, ChatRequest)
     return app
 
 
@@ -146,7 +146,7 @@ def main() -> None:
 
 
 def __getattr__(name: str) -> FastAPI:
-    """Makes `app` when it is asked for, by `uvicorn api:app`, and not when `python api.py` reads its flags."""
+    """Makes `app` when `uvicorn api:app` asks for it, and not while `python api.py` reads its flags."""
     if name != "app":
         raise AttributeError(name)
     return build_app(Settings.from_command_line([]))

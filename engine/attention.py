@@ -40,7 +40,9 @@ class AttentionBatch:
     spans: list[Span]
 
 
-def make_span(start: int, num_queries: int, context_len: int, block_table: list[int], device: torch.device) -> Span:
+def make_span(
+    start: int, num_queries: int, context_len: int, block_table: list[int], device: torch.device
+) -> Span:
     """The span of a sequence whose last `num_queries` tokens are the step's tokens from `start` on.
 
     Args:
@@ -114,7 +116,7 @@ def _attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scal
         key, value = (x.transpose(0, 1).unsqueeze(1).expand(shape) for x in (key, value))
     attended = F.scaled_dot_product_attention(grouped, key, value, attn_mask=mask, scale=scaling)
     if num_queries == 1:
-        return attended.view(1, num_heads, head_dim)
+        return attended.reshape(1, num_heads, head_dim)
     return attended.permute(2, 0, 1, 3).reshape(num_queries, num_heads, head_dim)
 
 

@@ -284,7 +284,8 @@ def check(model: Path, device: str) -> None:
         ValueError: if weights are missing, the tokenizer is not Llama-3's, or the device can't be used.
     """
     if missing := weights.problems(model):
-        raise ValueError(f"{model} can't be served: {'; '.join(missing)}")
+        mend = weights.download_command(model)
+        raise ValueError(f"{model} can't be served: {'; '.join(missing)}. Complete it with: {mend}")
     ChatFormat.from_pretrained(model)
     choose_device(device)
 

@@ -110,7 +110,9 @@ class ModelRunner:
             token_ids += sequence.token_ids[first:end]
             positions += range(first, end)
             slots += [table[p // BLOCK_SIZE] * BLOCK_SIZE + p % BLOCK_SIZE for p in range(first, end)]
-            spans.append(make_span(start, chunk.num_tokens, end, table[: -(-end // BLOCK_SIZE)], self._device))
+            spans.append(
+                make_span(start, chunk.num_tokens, end, table[: -(-end // BLOCK_SIZE)], self._device)
+            )
             if chunk.samples:
                 last.append(len(token_ids) - 1)
         output = self._model(
@@ -134,7 +136,9 @@ def kv_bytes_per_token(model: Any) -> int:
     return int(per_layer * config.num_hidden_layers)
 
 
-def kv_tokens_that_fit(model: Any, *, max_batch_tokens: int, max_num_seqs: int, gpu_memory_utilization: float) -> int:
+def kv_tokens_that_fit(
+    model: Any, *, max_batch_tokens: int, max_num_seqs: int, gpu_memory_utilization: float
+) -> int:
     """Tokens of KV cache for which there is memory beside the model and what a step needs.
 
     On a GPU a step of the largest size is run to see what it needs. On the CPU a quarter of the free

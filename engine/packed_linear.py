@@ -1,4 +1,4 @@
-"""Linear layers for the CPU, with their weights packed once into the order in which the processor reads them."""
+"""Linear layers for the CPU, their weights packed once into the order in which the processor reads them."""
 
 import torch
 from torch import Tensor, nn
@@ -29,7 +29,7 @@ def can_pack(dtype: torch.dtype) -> bool:
     """Whether this build of torch packs weights of that type."""
     return (
         dtype == torch.float32
-        and torch.backends.mkldnn.is_available()
+        and torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
         and hasattr(torch.ops.mkldnn, "_reorder_linear_weight")
     )
 

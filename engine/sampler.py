@@ -9,6 +9,7 @@ from torch import Tensor
 
 from engine.sequence import SamplingParams, Sequence
 
+
 class Sampler:
     """Applies, in transformers' order, penalties, temperature, top-k, top-p and min-p, and then draws.
 
@@ -96,7 +97,8 @@ def _choose(logits: Tensor, sequences: Seq[Sequence]) -> Tensor:
             index = torch.tensor(chosen, device=logits.device)
             params = [sequences[i].params for i in chosen]
             uniform = _column(
-                [draw_uniform(sequences[i].params.seed, sequences[i].num_output_tokens) for i in chosen], logits
+                [draw_uniform(sequences[i].params.seed, sequences[i].num_output_tokens) for i in chosen],
+                logits,
             )
             scaled = logits[index] / _column([p.temperature for p in params], logits)
             token_ids[index] = draw(scaled, uniform, params)
@@ -126,7 +128,7 @@ def _draw_truncated(logits: Tensor, uniform: Tensor, params: list[SamplingParams
 
 
 def _invert(probs: Tensor, uniform: Tensor) -> Tensor:
-    """The index at which the cumulated probabilities reach `uniform`. probs: [n, m], of any sum. Returns [n]."""
+    """Where the cumulated `probs`, [n, m], reach the share `uniform`, [n, 1], of their sum. Returns [n]."""
     cumulated = probs.cumsum(-1)
     index = torch.searchsorted(cumulated, uniform * cumulated[:, -1:])
     # Only where probs are not numbers, and the result is not used, does nothing reach it.

@@ -2,10 +2,10 @@
 
 import logging
 from http import HTTPStatus
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from fastapi import FastAPI, Request
-from fastapi.responses import JSONResponse, Response
+from fastapi.responses import Response
 from pydantic import BaseModel, ValidationError
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
@@ -21,6 +21,23 @@ _RETRY_AFTER = "1"
 """Seconds. A place in the queue comes free with each answer that ends."""
 
 
+class ErrorDetail(BaseModel):
+    """What is wrong: in words, and for programs."""
+
+    message: str
+    type: str
+    param: str | None
+    code: str
+
+
+class ErrorBody(BaseModel):
+    """The body of every answer that is not 200."""
+
+    error: ErrorDetail
+    status: int
+    time: str
+
+
 class ApiError(Exception):
     """What is wrong with a request, or with the server, as the client is told it."""
 
@@ -33,18 +50,17 @@ class ApiError(Exception):
         self.headers = headers
 
     @property
-    def body(self) -> dict[str, Any]:
-        """`{"error": {"message", "type", "param", "code"}, "status", "time"}`"""
+    def body(self) -> ErrorBody:
         kind = {401: "authentication_error", 429: "rate_limit_error"}.get(
             self.status, "server_error" if self.status >= 500 else "invalid_request_error"
         )
         code = HTTPStatus(self.status).name.lower()
-        error = {"message": str(self), "type": kind, "param": self.param, "code": code}
-        return {"error": error, "status": self.status, "time": now()}
+        detail = ErrorDetail(message=str(self), type=kind, param=self.param, code=code)
+        return ErrorBody(error=detail, status=self.status, time=now())
 
     @property
-    def response(self) -> JSONResponse:
-        return JSONResponse(self.body, self.status, self.headers)
+    def response(self) -> Response:
+        return Response(self.body.model_dump_json(), self.status, self.headers, "application/json")
 
 
 def to_api_error(error: Exception, request_id: str) -> ApiError:
@@ -79,7 +95,9 @@ def parse(schema: type[T], body: bytes) -> T:
     first = faults[0]
     if first["type"] == "json_invalid":
         raise ApiError(400, f"the body is not JSON: {first['msg'].removeprefix('Invalid JSON: ')}")
-    named = [(".".join(map(str, fault["loc"])), fault["msg"]) for fault in faults[:8]]
+    named = [
+        (".".join(map(str, fault["loc"])), fault["msg"].removeprefix("Value error, ")) for fault in faults[:8]
+    ]
     message = "; ".join(f"{name}: {text}" if name else text for name, text in named)
     raise ApiError(422, message, param=named[0][0] or None)
 
@@ -89,13 +107,20 @@ async def _client_left(request: Request, error: Exception) -> Response:
     return Response(status_code=499)
 
 
-async def _answer(request: Request, error: Exception) -> JSONResponse:
+async def _answer(request: Request, error: Exception) -> Response:
     return to_api_error(error, request.state.request_id).response
 
 
 def install(app: FastAPI) -> None:
     """Lets every error of the app be answered in the one form."""
-    for kind in (ApiError, HTTPException, PromptTooLongError, QueueFullError, EngineDeadError, GenerationError):
+    for kind in (
+        ApiError,
+        HTTPException,
+        PromptTooLongError,
+        QueueFullError,
+        EngineDeadError,
+        GenerationError,
+    ):
         app.add_exception_handler(kind, _answer)
     app.add_exception_handler(Exception, _answer)
     app.add_exception_handler(ClientDisconnect, _client_left)

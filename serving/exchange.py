@@ -4,19 +4,17 @@ import asyncio
 import logging
 import secrets
 import time
-from collections.abc import AsyncIterator, Coroutine
-from typing import Any, Self, TypeVar
+from collections.abc import AsyncIterator
+from typing import Self
 
 from fastapi.responses import StreamingResponse
 from starlette.datastructures import MutableHeaders
-from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from engine.engine import Delta, Generation
+from serving.limits import unless_client_leaves
 
 log = logging.getLogger("llama.requests")
-
-T = TypeVar("T")
 
 
 class RequestIds:
@@ -81,7 +79,8 @@ class Exchange:
         duration = time.monotonic() - self._begun
         ttft = "-" if self._first_token is None else f"{self._first_token - self._begun:.3f}s"
         line = (
-            f"{self.request_id} prompt_tokens={usage.prompt_tokens} completion_tokens={usage.completion_tokens} "
+            f"{self.request_id} prompt_tokens={usage.prompt_tokens} "
+            f"completion_tokens={usage.completion_tokens} "
             f"ttft={ttft} duration={duration:.3f}s finish_reason={self._outcome}"
         )
         if self._content is not None:
@@ -107,29 +106,3 @@ class EventStream(StreamingResponse):
             await unless_client_leaves(receive, self.stream_response(send))
         finally:
             self._exchange.close()
-
-
-async def unless_client_leaves(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
-    """The result of `work`, which is cancelled if the client leaves before it is there.
-
-    Args:
-        receive: of a request whose body has been read: nothing but a disconnect can come.
-
-    Raises:
-        ClientDisconnect: if the client has left.
-    """
-    working = asyncio.ensure_future(work)
-    leaving = asyncio.ensure_future(_disconnect(receive))
-    try:
-        await asyncio.wait({working, leaving}, return_when=asyncio.FIRST_COMPLETED)
-        if working.done():
-            return working.result()
-        raise ClientDisconnect
-    finally:
-        working.cancel()
-        leaving.cancel()
-
-
-async def _disconnect(receive: Receive) -> None:
-    while (await receive())["type"] != "http.disconnect":
-        pass

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Literal, NoReturn, Self
 
 from pydantic import Field, ValidationError
-from pydantic_settings import BaseSettings, CliSettingsSource, SettingsConfigDict
+from pydantic_settings import BaseSettings, CliApp, CliSettingsSource, SettingsConfigDict
 
 from engine.weights import default_models_folder, find_model
 
@@ -75,11 +75,13 @@ class Settings(BaseSettings):
     def from_command_line(cls, arguments: Seq[str] | None = None) -> Self:
         """Reads flags and variables. Where one is wrong, says which in one line and exits with 2."""
         parser = _Parser(prog="api.py", description="Serves Llama-3-8B-Instruct over HTTP.")
-        source: CliSettingsSource[argparse.ArgumentParser] = CliSettingsSource(
-            cls, root_parser=parser, cli_parse_args=list(sys.argv[1:] if arguments is None else arguments)
-        )
+        source: CliSettingsSource[argparse.ArgumentParser] = CliSettingsSource(cls, root_parser=parser)
         try:
-            return cls(_cli_settings_source=source)
+            return CliApp.run(
+                cls,
+                cli_args=list(sys.argv[1:] if arguments is None else arguments),
+                cli_settings_source=source,
+            )
         except ValidationError as error:
             fault = error.errors()[0]
             name = "-".join(str(part) for part in fault["loc"]).replace("_", "-")

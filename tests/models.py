@@ -3,24 +3,11 @@
 from pathlib import Path
 
 import torch
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
-from tokenizers import AddedToken
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM
 
-# Llama 3's pre-tokenizer pattern (llama/tokenizer.py in Meta's reference).
-PATTERN = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
-    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-CONTROL_TOKENS = [
-    "<|begin_of_text|>",
-    "<|end_of_text|>",
-    *(f"<|reserved_special_token_{i}|>" for i in range(4)),
-    "<|start_header_id|>",
-    "<|end_header_id|>",
-    "<|reserved_special_token_4|>",
-    "<|eot_id|>",
-]
+from benchmarks.random_model import forbid_tokens
+from demo.train import CONTROL_TOKENS, LLAMA3_REGEX
 
 # What Meta's tokenizer gives for the words of its own test of the chat format.
 GOLDEN_WORDS = {
@@ -30,7 +17,7 @@ GOLDEN_WORDS = {
 
 
 def byte_characters() -> list[str]:
-    """The characters that stand for bytes in a byte-level vocabulary, in the order of Llama 3's first 256 ids."""
+    """The characters that stand for bytes, in the order of the first 256 ids of Llama 3."""
     return sorted(pre_tokenizers.ByteLevel.alphabet(), key=lambda c: (ord(c) >= 256, ord(c)))
 
 
@@ -50,7 +37,7 @@ def make_tokenizer(words: dict[str, int] | None = None, vocab_size: int = 256) -
     vocab |= {f"unused {i}": i for i in range(vocab_size) if i not in used}
     tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[], ignore_merges=True))
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
-        pre_tokenizers.Split(Regex(PATTERN), "isolated"),
+        pre_tokenizers.Split(Regex(LLAMA3_REGEX), "isolated"),
         byte_level,
     ])  # fmt: skip
     tokenizer.decoder = decoders.ByteLevel()
@@ -59,11 +46,23 @@ def make_tokenizer(words: dict[str, int] | None = None, vocab_size: int = 256) -
 
 
 SHAPES = {
-    "gqa-2": dict(num_hidden_layers=2, hidden_size=64, intermediate_size=160, num_attention_heads=4,
-                  num_key_value_heads=2, tie_word_embeddings=False),
-    "mqa-tied": dict(num_hidden_layers=3, hidden_size=96, intermediate_size=192, num_attention_heads=6,
-                     num_key_value_heads=1, tie_word_embeddings=True),
-}  # fmt: skip
+    "gqa-2": {
+        "num_hidden_layers": 2,
+        "hidden_size": 64,
+        "intermediate_size": 160,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "tie_word_embeddings": False,
+    },
+    "mqa-tied": {
+        "num_hidden_layers": 3,
+        "hidden_size": 96,
+        "intermediate_size": 192,
+        "num_attention_heads": 6,
+        "num_key_value_heads": 1,
+        "tie_word_embeddings": True,
+    },
+}
 
 
 def make_model(folder: Path, shape: str = "gqa-2", *, context: int = 512, seed: int = 0) -> Path:
@@ -81,6 +80,9 @@ def make_model(folder: Path, shape: str = "gqa-2", *, context: int = 512, seed: 
         pad_token_id=None,
         **SHAPES[shape],
     )
-    LlamaForCausalLM(config).save_pretrained(folder)
+    model = LlamaForCausalLM(config)
+    if not config.tie_word_embeddings:
+        forbid_tokens(model, list(range(256, config.vocab_size)))
+    model.save_pretrained(folder)
     tokenizer.save(str(folder / "tokenizer.json"))
     return folder

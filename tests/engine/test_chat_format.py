@@ -41,7 +41,12 @@ def test_the_golden_vector_of_metas_own_test(chat_format: ChatFormat) -> None:
     "messages",
     [
         dialog(("user", "你好，世界！")),
-        dialog(("system", "Be brief."), ("user", "Hi"), ("assistant", "Hello 👋"), ("user", "it's 12345 o'clock\n\n ok")),
+        dialog(
+            ("system", "Be brief."),
+            ("user", "Hi"),
+            ("assistant", "Hello 👋"),
+            ("user", "it's 12345 o'clock\n\n ok"),
+        ),
         dialog(("user", "  spaces around \n")),
         dialog(("user", "a"), ("assistant", ""), ("user", "e\u0301 ﷺ")),
     ],
@@ -49,7 +54,9 @@ def test_the_golden_vector_of_metas_own_test(chat_format: ChatFormat) -> None:
 def test_equals_the_official_template_on_harmless_text(messages: list[Message]) -> None:
     tokenizer = make_tokenizer(GOLDEN_WORDS, vocab_size=128_000)
     official = PreTrainedTokenizerFast(
-        tokenizer_object=Tokenizer.from_str(tokenizer.to_str()), bos_token="<|begin_of_text|>", chat_template=TEMPLATE
+        tokenizer_object=Tokenizer.from_str(tokenizer.to_str()),
+        bos_token="<|begin_of_text|>",
+        chat_template=TEMPLATE,
     )
     rendered = official.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
     assert ChatFormat(tokenizer).encode_dialog(messages) == rendered

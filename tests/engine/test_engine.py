@@ -55,8 +55,8 @@ def text(deltas: list[Delta]) -> str:
 
 async def until(condition: Callable[[], bool]) -> None:
     async with asyncio.timeout(30):
-        while not condition():
-            await asyncio.sleep(0.005)
+        while not condition():  # noqa: ASYNC110
+            await asyncio.sleep(0.005)  # the engine's thread sets no event
 
 
 def all_blocks_are_back(engine: Engine) -> bool:
@@ -90,10 +90,16 @@ def test_the_same_seed_gives_the_same_answer_alone_and_among_31_others(tiny_mode
     async def scenario() -> None:
         async with running(tiny_model) as engine:
             alone = text(await ask(engine, "who?", params))
-            others = [ask(engine, f"other {n}", SamplingParams(seed=n, top_p=1, max_tokens=20 + n)) for n in range(31)]
+            others = [
+                ask(engine, f"other {n}", SamplingParams(seed=n, top_p=1, max_tokens=20 + n))
+                for n in range(31)
+            ]
             answers = await asyncio.gather(*others[:16], ask(engine, "who?", params), *others[16:])
             assert text(answers[16]) == alone
-            assert text(await ask(engine, "who?", SamplingParams(seed=8, temperature=1.2, max_tokens=40))) != alone
+            assert (
+                text(await ask(engine, "who?", SamplingParams(seed=8, temperature=1.2, max_tokens=40)))
+                != alone
+            )
 
     run(scenario())
 
@@ -123,7 +129,9 @@ def test_a_stop_string_ends_the_answer_before_it(tiny_model: Path) -> None:
             params = SamplingParams(seed=1, temperature=1.0, max_tokens=60)
             whole = text(await ask(engine, "hello", params))
             stop = whole[20:23]
-            deltas = await ask(engine, "hello", SamplingParams(seed=1, temperature=1.0, max_tokens=60, stop=(stop,)))
+            deltas = await ask(
+                engine, "hello", SamplingParams(seed=1, temperature=1.0, max_tokens=60, stop=(stop,))
+            )
             assert text(deltas) == whole[: whole.index(stop)]
             assert deltas[-1].finish_reason == "stop"
             await until(lambda: all_blocks_are_back(engine))
@@ -220,10 +228,13 @@ def test_a_sequence_whose_logits_are_no_numbers_fails_alone(tiny_model: Path) ->
 def test_when_the_engine_dies_everybody_is_told_and_nobody_else_is_let_in(tiny_model: Path) -> None:
     async def scenario() -> None:
         async with running(tiny_model) as engine:
+
             def lost(*_: object) -> None:
                 raise RuntimeError("device lost")
 
-            waiting = [asyncio.create_task(ask(engine, "a", SamplingParams(max_tokens=400))) for _ in range(4)]
+            waiting = [
+                asyncio.create_task(ask(engine, "a", SamplingParams(max_tokens=400))) for _ in range(4)
+            ]
             await until(lambda: len(engine._scheduler.running) == 4)
             engine._scheduler.schedule = lost  # type: ignore[method-assign, assignment]
             results = await asyncio.gather(*waiting, return_exceptions=True)
@@ -239,6 +250,7 @@ def test_when_the_engine_dies_everybody_is_told_and_nobody_else_is_let_in(tiny_m
 def test_a_lost_device_ends_the_engine(tiny_model: Path) -> None:
     async def scenario() -> None:
         async with running(tiny_model) as engine:
+
             def lost(*_: object) -> Any:
                 raise RuntimeError("device lost")
 

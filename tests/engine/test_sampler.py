@@ -88,7 +88,13 @@ CASES = [
     {"presence_penalty": 1.5},
     {"frequency_penalty": -0.8},
     {"temperature": 0.5, "top_p": 0.9, "repetition_penalty": 1.1},
-    {"temperature": 0.8, "top_p": 0.95, "repetition_penalty": 1.2, "presence_penalty": 0.5, "frequency_penalty": 0.3},
+    {
+        "temperature": 0.8,
+        "top_p": 0.95,
+        "repetition_penalty": 1.2,
+        "presence_penalty": 0.5,
+        "frequency_penalty": 0.3,
+    },
 ]
 
 
@@ -102,10 +108,14 @@ def test_the_distribution_is_that_of_transformers(case: dict[str, float]) -> Non
 
 def test_the_test_would_see_top_p_applied_before_temperature() -> None:
     logits = make_logits()
-    params = [SamplingParams(**{**OFF, "temperature": 1.9, "top_p": 0.8, "seed": seed}) for seed in range(DRAWS)]  # type: ignore[arg-type]
+    params = [
+        SamplingParams(**{**OFF, "temperature": 1.9, "top_p": 0.8, "seed": seed}) for seed in range(DRAWS)
+    ]  # type: ignore[arg-type]
     tokens = sample(logits.expand(DRAWS, -1), params)
     ids = torch.tensor([PROMPT])
-    swapped = TemperatureLogitsWarper(1.9)(ids, TopPLogitsWarper(0.8)(ids, logits.unsqueeze(0)))[0].softmax(-1)
+    swapped = TemperatureLogitsWarper(1.9)(ids, TopPLogitsWarper(0.8)(ids, logits.unsqueeze(0)))[0].softmax(
+        -1
+    )
     assert not fits(tokens, swapped)
 
 
@@ -119,7 +129,9 @@ def test_each_row_has_its_own_parameters() -> None:
     assert together[-1] == logits[-1].argmax()
 
 
-@pytest.mark.parametrize("params", [SamplingParams(), SamplingParams(temperature=0), SamplingParams(top_p=1)], ids=str)
+@pytest.mark.parametrize(
+    "params", [SamplingParams(), SamplingParams(temperature=0), SamplingParams(top_p=1)], ids=str
+)
 @pytest.mark.parametrize("poison", [float("nan"), float("inf")])
 def test_logits_that_are_no_numbers_fail_their_row_alone(params: SamplingParams, poison: float) -> None:
     logits = torch.stack([make_logits(n) for n in range(3)])
@@ -154,7 +166,9 @@ def test_a_row_that_was_anothers_is_begun_anew() -> None:
 
 def test_tiny_temperatures_are_greedy() -> None:
     logits = make_logits().unsqueeze(0)
-    assert sample(logits, [SamplingParams(temperature=1e-30, top_p=1, repetition_penalty=1)]) == [logits.argmax()]
+    assert sample(logits, [SamplingParams(temperature=1e-30, top_p=1, repetition_penalty=1)]) == [
+        logits.argmax()
+    ]
 
 
 def test_the_uniform_numbers_are_uniform_and_in_bounds() -> None:

@@ -99,7 +99,9 @@ def test_when_blocks_run_out_the_youngest_waits_and_comes_back_first() -> None:
     finished: list[Sequence] = []
     while scheduler.has_work:
         batch = scheduler.schedule()
-        finished += [s for s in scheduler.postprocess(batch, [7] * sum(c.samples for c in batch)) if s.is_finished]
+        finished += [
+            s for s in scheduler.postprocess(batch, [7] * sum(c.samples for c in batch)) if s.is_finished
+        ]
     assert finished[0] is old
     assert set(finished[1:]) == {young, late}
     assert (old.num_output_tokens, young.num_output_tokens) == (24, 20)
@@ -134,7 +136,11 @@ def test_any_mix_of_arrivals_aborts_and_failures_gives_all_blocks_and_rows_back(
         for _ in range(200):
             if generator.random() < 0.3:
                 length = generator.randrange(1, 30)
-                alive.append(make_sequence(length, max_tokens=generator.randrange(1, 18), first=generator.choice([0, 0, 99])))
+                alive.append(
+                    make_sequence(
+                        length, max_tokens=generator.randrange(1, 18), first=generator.choice([0, 0, 99])
+                    )
+                )
                 scheduler.add(alive[-1])
             if alive and generator.random() < 0.1:
                 scheduler.remove(alive.pop(generator.randrange(len(alive))))

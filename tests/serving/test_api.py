@@ -1,0 +1,342 @@
+"""POST / over real HTTP, against a real server process."""
+
+import contextlib
+import json
+import re
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+import requests
+
+from tests.conftest import Server
+
+TIME = re.compile(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d")
+
+
+@pytest.fixture(scope="module")
+def tiny(start_server: Callable[..., Server], tiny_model: Path) -> Server:
+    """A server whose answers go on and on: random weights, a context of 512 tokens."""
+    return start_server(tiny_model, "--max-num-seqs", "4", "--max-queue", "4", "--max-body-bytes", "100000")
+
+
+def read_events(response: requests.Response) -> Iterator[Any]:
+    for line in response.iter_lines():
+        if line:
+            assert line.startswith(b"data: ")
+            data = line.removeprefix(b"data: ").decode()
+            yield data if data == "[DONE]" else json.loads(data)
+
+
+def stream(server: Server, **body: object) -> list[Any]:
+    with requests.post(server.url, json={**body, "stream": True}, stream=True, timeout=60) as response:
+        assert response.status_code == 200
+        assert response.headers["Content-Type"] == "text/event-stream; charset=utf-8"
+        return list(read_events(response))
+
+
+def test_an_answer_has_the_keys_of_the_contract(server: Server) -> None:
+    response = server.post(prompt="你好")
+    answer = response.json()
+    assert response.status_code == 200
+    assert list(answer) == ["response", "status", "time", "finish_reason", "usage"]
+    assert answer["response"]
+    assert answer["status"] == 200
+    assert TIME.fullmatch(answer["time"])
+    assert answer["finish_reason"] == "stop"
+    usage = answer["usage"]
+    assert usage["prompt_tokens"] + usage["completion_tokens"] == usage["total_tokens"]
+
+
+@pytest.mark.parametrize(
+    "content_type", ["application/x-www-form-urlencoded", "application/json", "text/plain", None]
+)
+def test_the_body_is_json_whatever_the_content_type_says(server: Server, content_type: str | None) -> None:
+    headers = {"Content-Type": content_type} if content_type else {}
+    response = requests.post(server.url, data='{"prompt": "你好"}'.encode(), headers=headers, timeout=60)
+    assert response.status_code == 200
+
+
+def test_a_stream_adds_up_to_the_answer_in_one_piece(server: Server) -> None:
+    for prompt, seed in (("讲个故事", 3), ("Tell me a story", 4), ("你好", 5)):
+        whole = server.post(prompt=prompt, seed=seed).json()
+        *pieces, last, done = stream(server, prompt=prompt, seed=seed)
+        assert done == "[DONE]"
+        assert "".join(piece["response"] for piece in [*pieces, last]) == whole["response"]
+        assert all(list(piece) == ["response", "status", "time"] for piece in pieces)
+        assert (last["finish_reason"], last["usage"]) == (whole["finish_reason"], whole["usage"])
+
+
+def test_no_piece_of_a_stream_is_a_broken_character(tiny: Server) -> None:
+    """Random weights over single bytes: hardly a byte fits the one before it."""
+    for seed in range(3):
+        body = {"prompt": "x", "seed": seed, "max_tokens": 200, "temperature": 1.5, "top_p": 1}
+        *pieces, done = stream(tiny, **body)
+        assert done == "[DONE]"
+        assert "".join(piece["response"] for piece in pieces) == tiny.post(**body).json()["response"]
+
+
+def test_greedy_answers_are_the_same_each_time(tiny: Server) -> None:
+    answers = {tiny.post(prompt="x", temperature=0, max_tokens=30).json()["response"] for _ in range(3)}
+    assert len(answers) == 1
+
+
+def test_max_tokens_is_honoured_and_told(tiny: Server) -> None:
+    answer = tiny.post(prompt="x", max_tokens=7).json()
+    assert (answer["finish_reason"], answer["usage"]["completion_tokens"]) == ("length", 7)
+
+
+def test_the_default_of_512_tokens_is_cut_to_the_context_and_told(tiny: Server) -> None:
+    answer = tiny.post(prompt="x" * 300).json()
+    assert answer["finish_reason"] == "length"
+    assert answer["usage"]["total_tokens"] == 512
+
+
+@pytest.mark.parametrize("stop", ["。", ["zzz", "。"]])
+def test_a_stop_string_ends_the_answer(server: Server, stop: object) -> None:
+    whole = server.post(prompt="讲个故事", temperature=0).json()["response"]
+    assert "。" in whole
+    answer = server.post(prompt="讲个故事", temperature=0, stop=stop).json()
+    assert answer["response"] == whole.split("。")[0]
+    assert answer["finish_reason"] == "stop"
+
+
+# field or None, body, status: the message must name the field
+BAD: list[tuple[str | None, Any, int]] = [
+    (None, b"", 400),
+    (None, b"{", 400),
+    (None, b"prompt=hello", 400),
+    (None, b'{"prompt": "\xff\xfe"}', 400),
+    (None, b'{"prompt": "\\ud800"}', 400),
+    (None, b'{"prompt": "a"} x', 400),
+    (None, b"[" * 5000 + b"]" * 5000, 400),
+    (None, b'{"prompt": ' + b"[" * 50_000 + b"}", 400),
+    ("history.0", b'{"prompt": "a", "history": ' + b"[" * 100 + b"]" * 100 + b"}", 422),
+    (None, b"[]", 422),
+    (None, b'"prompt"', 422),
+    (None, b"null", 422),
+    ("prompt", {}, 422),
+    ("prompt", {"prompt": None}, 422),
+    ("prompt", {"prompt": ""}, 422),
+    ("prompt", {"prompt": " \n\t　"}, 422),
+    ("prompt", {"prompt": 5}, 422),
+    ("prompt", {"prompt": ["a"]}, 422),
+    ("promt", {"prompt": "a", "promt": "b"}, 422),
+    ("history", {"history": "a"}, 422),
+    ("history.0", {"history": ["a"]}, 422),
+    ("history.0", {"history": [["user", "a"]]}, 422),
+    ("history.0.role", {"history": [{"role": "tool", "content": "a"}]}, 422),
+    ("history.0.content", {"history": [{"role": "user", "content": None}]}, 422),
+    ("history.1.content", {"history": [{"role": "user", "content": "a"}, {"role": "assistant"}]}, 422),
+    ("history.0.name", {"history": [{"role": "user", "content": "a", "name": "x"}]}, 422),
+    ("max_tokens", {"max_tokens": 0}, 422),
+    ("max_tokens", {"max_tokens": -5}, 422),
+    ("max_tokens", {"max_tokens": 513}, 422),
+    ("max_tokens", {"max_tokens": 10**30}, 422),
+    ("max_tokens", {"max_tokens": "5"}, 422),
+    ("max_tokens", {"max_tokens": 5.5}, 422),
+    ("max_tokens", {"max_tokens": True}, 422),
+    ("max_tokens", {"max_tokens": None}, 422),
+    ("temperature", {"temperature": -0.1}, 422),
+    ("temperature", {"temperature": 2.1}, 422),
+    ("temperature", {"temperature": "hot"}, 422),
+    ("temperature", b'{"prompt": "a", "temperature": NaN}', 422),
+    ("temperature", b'{"prompt": "a", "temperature": Infinity}', 422),
+    ("temperature", b'{"prompt": "a", "temperature": 1e999}', 422),
+    ("top_p", {"top_p": 0}, 422),
+    ("top_p", {"top_p": 1.1}, 422),
+    ("top_p", b'{"prompt": "a", "top_p": NaN}', 422),
+    ("top_k", {"top_k": -1}, 422),
+    ("top_k", {"top_k": 1.5}, 422),
+    ("min_p", {"min_p": -0.1}, 422),
+    ("min_p", {"min_p": 1.1}, 422),
+    ("repetition_penalty", {"repetition_penalty": 0}, 422),
+    ("repetition_penalty", {"repetition_penalty": 2.1}, 422),
+    ("presence_penalty", {"presence_penalty": 2.1}, 422),
+    ("presence_penalty", b'{"prompt": "a", "presence_penalty": -Infinity}', 422),
+    ("frequency_penalty", {"frequency_penalty": -2.1}, 422),
+    ("seed", {"seed": "a"}, 422),
+    ("seed", {"seed": 2**63}, 422),
+    ("seed", {"seed": 1.5}, 422),
+    ("stop", {"stop": 5}, 422),
+    ("stop.0", {"stop": ""}, 422),
+    ("stop.0", {"stop": "x" * 65}, 422),
+    ("stop.1", {"stop": ["a", None]}, 422),
+    ("stop", {"stop": ["a"] * 5}, 422),
+    ("stream", {"stream": "yes"}, 422),
+    ("stream", {"stream": 1}, 422),
+    ("prompt", {"prompt": "x" * 600}, 400),
+]
+
+
+def test_each_bad_input_gets_its_error_while_a_stream_beside_it_goes_on(tiny: Server) -> None:
+    quiet = stream(tiny, prompt="a stream", seed=1, max_tokens=400)
+    beside: list[Any] = []
+    thread = threading.Thread(
+        target=lambda: beside.extend(stream(tiny, prompt="a stream", seed=1, max_tokens=400))
+    )
+    thread.start()
+    for param, body, status in BAD:
+        data = (
+            body if isinstance(body, bytes) else json.dumps({"prompt": "a"} | body if body else body).encode()
+        )
+        response = requests.post(tiny.url, data=data, timeout=60)
+        error = response.json()
+        assert response.status_code == status, (body, response.text)
+        assert list(error) == ["error", "status", "time"]
+        assert error["status"] == status
+        assert TIME.fullmatch(error["time"])
+        assert list(error["error"]) == ["message", "type", "param", "code"]
+        assert error["error"]["type"] == "invalid_request_error"
+        assert error["error"]["param"] == param, (body, response.text)
+        if param:
+            assert param in error["error"]["message"]
+    thread.join()
+    assert "".join(e["response"] for e in beside[:-1]) == "".join(e["response"] for e in quiet[:-1])
+    assert beside[-1] == "[DONE]"
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "limit"),
+    [
+        ("temperature", 9, "2"),
+        ("top_p", 2, "1"),
+        ("max_tokens", 600, "512"),
+        ("stop", ["a"] * 5, "4"),
+        ("stop", "x" * 99, "64"),
+    ],
+)
+def test_an_error_names_the_limit(tiny: Server, field: str, value: object, limit: str) -> None:
+    assert limit in tiny.post(prompt="a", **{field: value}).json()["error"]["message"]
+
+
+def test_a_prompt_that_does_not_fit_is_refused_with_both_numbers(tiny: Server) -> None:
+    response = tiny.post(prompt="x" * 600)
+    assert response.status_code == 400
+    assert re.search(r"623 tokens.*512 tokens", response.json()["error"]["message"])
+
+
+def test_a_refused_stream_is_refused_before_it_begins(tiny: Server) -> None:
+    assert tiny.post(prompt="x" * 600, stream=True).status_code == 400
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "status", "code"),
+    [
+        ("GET", "/nowhere", 404, "not_found"),
+        ("PUT", "/", 405, "method_not_allowed"),
+        ("POST", "/health", 405, "method_not_allowed"),
+    ],
+)
+def test_routes_that_are_not_there(tiny: Server, method: str, path: str, status: int, code: str) -> None:
+    response = requests.request(method, tiny.url + path, timeout=30)
+    assert response.status_code == response.json()["status"] == status
+    assert response.json()["error"]["code"] == code
+
+
+def test_a_body_that_is_too_large_is_refused(tiny: Server) -> None:
+    response = tiny.post(prompt="x" * 200_000)
+    assert response.status_code == response.json()["status"] == 413
+
+
+def test_a_chunked_body_without_an_end_is_refused(tiny: Server) -> None:
+    def endless() -> Iterator[bytes]:
+        yield b'{"prompt": "'
+        while True:
+            yield b"x" * 10_000
+
+    # It may hang up in the middle of our body, before we have read its answer.
+    with contextlib.suppress(requests.ConnectionError):
+        assert requests.post(tiny.url, data=endless(), timeout=60).status_code == 413
+    assert tiny.answers()
+
+
+def test_a_full_queue_refuses_and_says_when_to_come_back(tiny: Server) -> None:
+    with ThreadPoolExecutor(40) as pool:
+        jobs = [pool.submit(tiny.post, prompt=f"{n}", max_tokens=200, temperature=0) for n in range(40)]
+        responses = [job.result() for job in jobs]
+    refused = [response for response in responses if response.status_code == 429]
+    assert refused
+    assert {response.status_code for response in responses} == {200, 429}
+    assert all(int(response.headers["Retry-After"]) >= 1 for response in refused)
+    assert all(response.json()["error"]["type"] == "rate_limit_error" for response in refused)
+
+
+def log_line(server: Server, request_id: str) -> str:
+    deadline = time.monotonic() + 30
+    while time.monotonic() < deadline:
+        for line in server.log.splitlines():
+            if request_id in line:
+                return line
+        time.sleep(0.05)
+    raise AssertionError(f"no line for {request_id} in the log")
+
+
+@pytest.mark.parametrize("streaming", [True, False])
+def test_a_client_that_leaves_is_noticed_and_its_request_ended(tiny: Server, streaming: bool) -> None:
+    body = json.dumps({"prompt": "x", "max_tokens": 480, "stream": streaming}).encode()
+    lines = len(tiny.log.splitlines())
+    with socket.create_connection(("127.0.0.1", tiny.port)) as connection:
+        connection.sendall(b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n%b" % (len(body), body))
+        if streaming:
+            connection.recv(10)
+        else:
+            time.sleep(0.05)
+    deadline = time.monotonic() + 30
+    while not (new := tiny.log.splitlines()[lines:]) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert "finish_reason=aborted" in new[0]
+    assert int(re.search(r"completion_tokens=(\d+)", new[0])[1]) < 480  # type: ignore[index]
+
+
+def test_a_request_has_a_line_in_the_log_without_its_content(server: Server) -> None:
+    response = server.post(prompt="secret 秘密")
+    line = log_line(server, response.headers["X-Request-ID"])
+    assert re.search(
+        r"^\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d+ INFO \w+ prompt_tokens=\d+ completion_tokens=\d+ "
+        r"ttft=[\d.]+s duration=[\d.]+s finish_reason=stop$",
+        line,
+    )
+    assert "secret" not in server.log
+
+
+def test_content_is_logged_only_when_asked_for(start_server: Callable[..., Server], tiny_model: Path) -> None:
+    server = start_server(tiny_model, "--log-content")
+    response = server.post(prompt="hello 你好", max_tokens=3)
+    line = log_line(server, response.headers["X-Request-ID"])
+    assert "prompt='hello 你好'" in line
+    assert f"response={response.json()['response']!r}" in line
+
+
+def test_one_user_does_not_block_another(tiny: Server) -> None:
+    with requests.post(
+        tiny.url, json={"prompt": "x", "max_tokens": 480, "stream": True}, stream=True, timeout=60
+    ) as slow:
+        events = read_events(slow)
+        next(events)
+        assert tiny.post(prompt="x", max_tokens=2).status_code == 200
+        assert "finish_reason" not in next(events)
+
+
+def test_the_history_is_part_of_the_prompt(server: Server) -> None:
+    short = server.post(prompt="你好", max_tokens=1).json()["usage"]["prompt_tokens"]
+    history = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    assert server.post(prompt="你好", history=history, max_tokens=1).json()["usage"]["prompt_tokens"] > short
+    assert server.post(prompt="你好", history=None, max_tokens=1).json()["usage"]["prompt_tokens"] == short
+
+
+def test_health(server: Server) -> None:
+    response = requests.get(f"{server.url}/health", timeout=30)
+    assert (response.status_code, response.json()["status"]) == (200, "ok")
+
+
+def test_the_docs_show_the_request(server: Server) -> None:
+    schema = requests.get(f"{server.url}/openapi.json", timeout=30).json()
+    assert "ChatRequest" in json.dumps(schema["paths"]["/"]["post"]["requestBody"])
+    assert schema["components"]["schemas"]["ChatRequest"]["properties"]["temperature"]["maximum"] == 2
+    assert requests.get(f"{server.url}/docs", timeout=30).status_code == 200

@@ -1,0 +1,114 @@
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import requests
+
+from serving.settings import Settings
+from tests.conftest import ROOT, Server
+from tests.models import make_model
+
+
+def api(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "api.py", *arguments],
+        cwd=ROOT, env=os.environ | environment, capture_output=True, text=True, timeout=120, check=False,
+    )  # fmt: skip
+
+
+def test_the_defaults_are_the_tutorials() -> None:
+    settings = Settings.from_command_line([])
+    assert (settings.host, settings.port) == ("0.0.0.0", 6006)
+
+
+def test_a_flag_wins_over_its_variable_and_that_over_the_default(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LLAMA_PORT", "7001")
+    monkeypatch.setenv("LLAMA_MODEL", "demo")
+    settings = Settings.from_command_line(["--port", "7002", "--log-content"])
+    assert (settings.port, settings.model, settings.log_content) == (7002, "demo", True)
+
+
+def test_help_names_every_setting_and_its_meaning() -> None:
+    shown = " ".join(api("--help").stdout.split())
+    for name, field in Settings.model_fields.items():
+        assert f"--{name.replace('_', '-')}" in shown
+        assert " ".join((field.description or "missing").split()) in shown
+
+
+@pytest.mark.parametrize(
+    ("arguments", "environment", "named"),
+    [
+        (["--port", "99999"], {}, "--port"),
+        (["--prot", "1"], {}, "--prot"),
+        (["--device", "tpu"], {}, "--device"),
+        (["--gpu-memory-utilization", "nan"], {}, "--gpu-memory-utilization"),
+        (["--max-queue", "0"], {}, "--max-queue"),
+        (["--port"], {}, "--port"),
+        (["extra"], {}, "extra"),
+        ([], {"LLAMA_PORT": "abc"}, "--port"),
+        (["--model", "/nowhere"], {}, "/nowhere"),
+        (["--models-folder", "/nowhere"], {}, "/nowhere"),
+    ],
+)
+def test_a_wrong_option_is_named_in_one_line_and_ends_with_2(
+    arguments: list[str], environment: dict[str, str], named: str
+) -> None:
+    result = api(*arguments, **environment)
+    assert result.returncode == 2
+    assert result.stdout == ""
+    assert len(result.stderr.splitlines()) == 1
+    assert named in result.stderr
+
+
+def test_cuda_is_not_taken_where_there_is_none() -> None:
+    import torch
+
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    result = api("--model", "demo", "--device", "cuda")
+    assert (result.returncode, len(result.stderr.splitlines())) == (2, 1)
+
+
+def test_a_model_whose_tokenizer_is_not_llama_3s_is_refused(tmp_path: Path) -> None:
+    make_model(tmp_path)
+    tokenizer = tmp_path / "tokenizer.json"
+    tokenizer.write_text(tokenizer.read_text().replace("<|start_header_id|>", "<|im_start|>"))
+    result = api("--model", str(tmp_path))
+    assert result.returncode == 2
+    assert "not Llama-3's" in result.stderr
+    assert len(result.stderr.splitlines()) == 1
+
+
+def test_a_public_address_is_warned_about(server: Server, tmp_path: Path) -> None:
+    assert "asks for no key" not in server.log
+    with (tmp_path / "log").open("w+") as log:
+        process = subprocess.Popen(
+            [sys.executable, "api.py", "--model", "demo", "--device", "cpu", "--port", "0"],
+            cwd=ROOT, stderr=log, stdout=log,
+        )  # fmt: skip
+        try:
+            while "Uvicorn running on http://0.0.0.0:" not in (text := (tmp_path / "log").read_text()):
+                assert process.poll() is None, text
+        finally:
+            process.send_signal(signal.SIGINT)
+            process.wait(30)
+    assert "asks for no key" in text
+
+
+def test_uvicorn_serves_it_too(tmp_path: Path) -> None:
+    with (tmp_path / "log").open("w+") as log:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "uvicorn", "api:app", "--port", "0"],
+            cwd=ROOT, env=os.environ | {"LLAMA_MODEL": "demo", "LLAMA_DEVICE": "cpu"}, stderr=log, stdout=log,
+        )  # fmt: skip
+        try:
+            while "Uvicorn running on" not in (text := (tmp_path / "log").read_text()):
+                assert process.poll() is None, text
+            url = text.split("Uvicorn running on ")[1].split()[0]
+            assert requests.post(url, json={"prompt": "你好"}, timeout=60).json()["status"] == 200
+        finally:
+            process.send_signal(signal.SIGINT)
+            assert process.wait(30) is not None
