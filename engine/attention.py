@@ -18,47 +18,57 @@ from transformers import AttentionInterface
 class Span:
     """One sequence's part of a step."""
 
-    start: int
-    """Its first query among the step's tokens."""
-    end: int
-    blocks: slice | Tensor
-    """Its blocks in the cache: a slice where they lie side by side (read in place), else their numbers."""
-    context_len: int
-    """Tokens to attend to: those computed before and those of this step."""
+    queries: slice
+    """Its tokens among the step's."""
+    context: slice
+    """The tokens it attends to: those computed before and those of this step, in the cache, or, if its
+    blocks do not lie side by side there, in the copy that is made of such blocks."""
+    is_copied: bool
     mask: Tensor | None
-    """[queries, context_len], True where a query may look; None if it may look at all."""
+    """[queries, context], True where a query may look; None if it may look at all."""
 
 
 @dataclass(frozen=True)
 class AttentionBatch:
     """Where a step's keys and values go, and what its queries see."""
 
-    kv_cache: list[tuple[Tensor, Tensor]]
-    """For each layer its keys and values, each [blocks, block_size, kv_heads, head_dim]."""
+    kv_cache: list[Tensor]
+    """One for each layer: [blocks, block_size, 2, kv_heads, head_dim], keys and values."""
     slots: Tensor
-    """[tokens] The place of each token's key and value in the cache: block * block_size + offset."""
+    """[tokens] The place of each token in the cache: block * block_size + offset."""
+    copied_blocks: Tensor
+    """The blocks of all sequences whose blocks do not lie side by side, one sequence behind the other."""
     spans: list[Span]
 
 
-def make_span(
-    start: int, num_queries: int, context_len: int, block_table: list[int], device: torch.device
-) -> Span:
-    """The span of a sequence whose last `num_queries` tokens are the step's tokens from `start` on.
+def plan_spans(
+    parts: list[tuple[int, int, list[int]]], block_size: int, device: torch.device
+) -> tuple[list[Span], Tensor]:
+    """Finds out where each sequence of a step has its context.
 
     Args:
-        block_table: the blocks that hold the `context_len` tokens, in order.
+        parts: for each sequence its number of tokens in the step, its number of tokens then, and the
+            blocks that hold those, in order.
+
+    Returns:
+        The spans, and the blocks to copy.
     """
-    first, last = block_table[0], block_table[-1]
-    blocks: slice | Tensor
-    if block_table == list(range(first, last + 1)):
-        blocks = slice(first, last + 1)
-    else:
-        blocks = torch.tensor(block_table, device=device)
-    mask = None
-    if num_queries > 1:
-        mask = torch.ones(num_queries, context_len, dtype=torch.bool, device=device)
-        mask = mask.tril(context_len - num_queries)
-    return Span(start, start + num_queries, blocks, context_len, mask)
+    spans: list[Span] = []
+    copied: list[int] = []
+    start = 0
+    for num_queries, context_len, blocks in parts:
+        is_copied = blocks != list(range(blocks[0], blocks[0] + len(blocks)))
+        first = (len(copied) if is_copied else blocks[0]) * block_size
+        if is_copied:
+            copied += blocks
+        mask = None
+        if num_queries > 1:
+            mask = torch.ones(num_queries, context_len, dtype=torch.bool, device=device)
+            mask = mask.tril(context_len - num_queries)
+        queries = slice(start, start + num_queries)
+        spans.append(Span(queries, slice(first, first + context_len), is_copied, mask))
+        start += num_queries
+    return spans, torch.tensor(copied, dtype=torch.long, device=device)
 
 
 def paged_attention(
@@ -81,42 +91,41 @@ def paged_attention(
     Returns:
         [1, tokens, heads, head_dim], and no weights.
     """
-    keys, values = batch.kv_cache[module.layer_idx]  # type: ignore[index]
-    keys.flatten(0, 1).index_copy_(0, batch.slots, key[0].transpose(0, 1))
-    values.flatten(0, 1).index_copy_(0, batch.slots, value[0].transpose(0, 1))
+    blocks = batch.kv_cache[module.layer_idx]  # type: ignore[index]
+    cache = blocks.flatten(0, 1)
+    cache.index_copy_(0, batch.slots, torch.stack((key[0], value[0])).permute(2, 0, 1, 3))
+    copy = blocks.index_select(0, batch.copied_blocks).flatten(0, 1)
     queries = query[0].transpose(0, 1)
     output = torch.empty_like(queries, memory_format=torch.contiguous_format)
     for span in batch.spans:
-        context = keys[span.blocks].flatten(0, 1)[: span.context_len]
-        content = values[span.blocks].flatten(0, 1)[: span.context_len]
-        output[span.start : span.end] = _attend(
-            queries[span.start : span.end], context, content, span.mask, scaling
-        )
+        context = (copy if span.is_copied else cache)[span.context]
+        output[span.queries] = _attend(queries[span.queries], context, span.mask, scaling)
     return output.unsqueeze(0), None
 
 
-def _attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float) -> Tensor:
+def _attend(query: Tensor, context: Tensor, mask: Tensor | None, scaling: float) -> Tensor:
     """Grouped-query attention of one sequence, without repeating its keys for the heads that share them.
 
     Args:
-        query: [queries, heads, head_dim]; key, value: [context, kv_heads, head_dim].
+        query: [queries, heads, head_dim].
+        context: [tokens, 2, kv_heads, head_dim], keys and values.
 
     Returns:
         [queries, heads, head_dim]
     """
     num_queries, num_heads, head_dim = query.shape
-    context_len, num_kv_heads, _ = key.shape
+    num_kv_heads = context.shape[2]
+    key, value = context.permute(1, 2, 0, 3).unbind()
     group = num_heads // num_kv_heads
     if num_queries == 1:  # the heads of a group, as queries that see all
         grouped = query.view(1, num_kv_heads, group, head_dim)
-        key, value = key.transpose(0, 1).unsqueeze(0), value.transpose(0, 1).unsqueeze(0)
-    else:
-        grouped = query.view(num_queries, num_kv_heads, group, head_dim).permute(1, 2, 0, 3)
-        shape = (num_kv_heads, group, context_len, head_dim)
-        key, value = (x.transpose(0, 1).unsqueeze(1).expand(shape) for x in (key, value))
-    attended = F.scaled_dot_product_attention(grouped, key, value, attn_mask=mask, scale=scaling)
-    if num_queries == 1:
+        attended = F.scaled_dot_product_attention(
+            grouped, key.unsqueeze(0), value.unsqueeze(0), scale=scaling
+        )
         return attended.reshape(1, num_heads, head_dim)
+    grouped = query.view(num_queries, num_kv_heads, group, head_dim).permute(1, 2, 0, 3)
+    key, value = (x.unsqueeze(1).expand(-1, group, -1, -1) for x in (key, value))
+    attended = F.scaled_dot_product_attention(grouped, key, value, attn_mask=mask, scale=scaling)
     return attended.permute(2, 0, 1, 3).reshape(num_queries, num_heads, head_dim)
 
 

@@ -2,8 +2,8 @@
 
 import asyncio
 import logging
-import threading
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -144,15 +144,15 @@ class Engine:
         scheduler: Scheduler,
         runner: ModelRunner,
         *,
+        thread: ThreadPoolExecutor,
         max_model_len: int,
         max_queue: int,
-        threads: int = 0,
     ) -> None:
         """
         Args:
+            thread: of one worker, the engine's own, which has made the runner.
             max_model_len: the most tokens of a prompt and its answer together.
             max_queue: the most requests that wait before they run.
-            threads: CPU threads that a step may use; 0 leaves the choice to torch.
         """
         self.max_model_len = max_model_len
         self.max_queue = max_queue
@@ -163,10 +163,10 @@ class Engine:
         self._token_bytes = TokenBytes(chat_format.tokenizer)
         self._scheduler = scheduler
         self._runner = runner
-        self._threads = threads
         self._generations: dict[Sequence, Generation] = {}
         self._inbox: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
-        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+        self._thread = thread
+        self._running: Future[None]
         self._loop: asyncio.AbstractEventLoop
 
     # On the event loop.
@@ -174,12 +174,13 @@ class Engine:
     def start(self) -> None:
         """Starts to serve, for the event loop that is running."""
         self._loop = asyncio.get_running_loop()
-        self._thread.start()
+        self._running = self._thread.submit(self._run)
 
     async def stop(self) -> None:
         """Ends the thread after its present step. Requests in flight are told that the engine has stopped."""
         self._inbox.put(None)
-        await asyncio.to_thread(self._thread.join)
+        await asyncio.wrap_future(self._running)
+        self._thread.shutdown()
         self._fail(EngineDeadError("the server is shutting down"))
 
     async def generate(self, messages: list[Message], params: SamplingParams) -> Generation:
@@ -231,8 +232,6 @@ class Engine:
     # On the engine's thread.
 
     def _run(self) -> None:
-        if self._threads:
-            torch.set_num_threads(self._threads)
         try:
             while self._read_inbox():
                 self._step()
@@ -309,36 +308,40 @@ def load(
         ValueError: as `check` does, or if the KV cache can't be as large as asked.
     """
     check(model, device)
-    torch_device = choose_device(device)
-    if threads:
-        torch.set_num_threads(threads)
-    loaded = load_model(model, torch_device, choose_dtype(dtype, torch_device))
-    max_batch_tokens = max_batch_tokens or (256 if torch_device.type == "cpu" else 2048)
-    max_num_seqs = min(max_num_seqs, max_batch_tokens)  # each takes a token of the budget
-    longest = loaded.config.max_position_embeddings
-    if max_model_len > longest:
-        raise ValueError(f"max_model_len is {max_model_len}, but the model was trained for {longest} tokens")
-    max_model_len = max_model_len or longest
-    kv_cache_tokens = kv_cache_tokens or min(
-        # On the CPU, whose memory is the user's, a few of the longest; more than all of them is of no use.
-        max_model_len * (16 if torch_device.type == "cpu" else max_num_seqs),
-        kv_tokens_that_fit(
-            loaded,
-            max_batch_tokens=max_batch_tokens,
-            max_num_seqs=max_num_seqs,
-            gpu_memory_utilization=gpu_memory_utilization,
-        ),
-    )
-    pool = BlockPool(kv_cache_tokens // BLOCK_SIZE, BLOCK_SIZE)
-    if pool.num_blocks == 0:
-        raise ValueError("no memory is left for the KV cache: raise gpu_memory_utilization or free some")
-    max_model_len = min(max_model_len, pool.num_blocks * BLOCK_SIZE)
-    log.info("KV cache: %d tokens in %d blocks", pool.num_blocks * BLOCK_SIZE, pool.num_blocks)
-    return Engine(
-        ChatFormat.from_pretrained(model),
-        Scheduler(pool, max_batch_tokens=max_batch_tokens, max_num_seqs=max_num_seqs),
-        ModelRunner(loaded, num_blocks=pool.num_blocks, max_num_seqs=max_num_seqs),
-        max_model_len=max_model_len,
-        max_queue=max_queue,
-        threads=threads,
-    )
+    # OpenMP keeps workers for each thread that computes. Two sets of them get in each other's way (steps take
+    # twice as long, measured), so whatever computes, the loading too, is done by the engine's thread.
+    thread = ThreadPoolExecutor(1, thread_name_prefix="engine")
+
+    def build() -> Engine:
+        if threads:
+            torch.set_num_threads(threads)
+        on = choose_device(device)
+        loaded = load_model(model, on, choose_dtype(dtype, on))
+        batch_tokens = max_batch_tokens or (64 if on.type == "cpu" else 2048)
+        num_seqs = min(max_num_seqs, batch_tokens)  # each takes a token of the budget
+        context = _context(loaded.config.max_position_embeddings, max_model_len)
+        # On the CPU, whose memory is the user's, a few of the longest sequences; more than all is of no use.
+        kv_tokens = kv_cache_tokens or min(
+            context * (16 if on.type == "cpu" else num_seqs),
+            kv_tokens_that_fit(loaded, batch_tokens, num_seqs, gpu_memory_utilization),
+        )
+        pool = BlockPool(kv_tokens // BLOCK_SIZE, BLOCK_SIZE)
+        if pool.num_blocks == 0:
+            raise ValueError("no memory is left for the KV cache: free some, or raise --gpu-memory-utilization")
+        log.info("KV cache: %d tokens in %d blocks", pool.num_blocks * BLOCK_SIZE, pool.num_blocks)
+        return Engine(
+            ChatFormat.from_pretrained(model),
+            Scheduler(pool, max_batch_tokens=batch_tokens, max_num_seqs=num_seqs),
+            ModelRunner(loaded, num_blocks=pool.num_blocks, max_num_seqs=num_seqs),
+            thread=thread,
+            max_model_len=min(context, pool.num_blocks * BLOCK_SIZE),
+            max_queue=max_queue,
+        )
+
+    return thread.submit(build).result()
+
+
+def _context(trained: int, asked: int) -> int:
+    if asked > trained:
+        raise ValueError(f"max_model_len is {asked}, but the model was trained for {trained} tokens")
+    return asked or trained

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from engine.attention import AttentionBatch, make_span
+from engine.attention import AttentionBatch, plan_spans
 from engine.packed_linear import can_pack, pack_linears
 from engine.sampler import Sampler
 from engine.scheduler import Chunk
@@ -71,12 +71,9 @@ class ModelRunner:
         self._model = model
         self._device: torch.device = model.device
         self._sampler = Sampler(max_num_seqs, config.vocab_size, self._device)
-        shape = (num_blocks, BLOCK_SIZE, config.num_key_value_heads, config.head_dim)
+        shape = (num_blocks, BLOCK_SIZE, 2, config.num_key_value_heads, config.head_dim)
         self._kv_cache = [
-            (
-                torch.zeros(shape, dtype=model.dtype, device=self._device),
-                torch.zeros(shape, dtype=model.dtype, device=self._device),
-            )
+            torch.zeros(shape, dtype=model.dtype, device=self._device)
             for _ in range(config.num_hidden_layers)
         ]
 
@@ -101,25 +98,23 @@ class ModelRunner:
         token_ids: list[int] = []
         positions: list[int] = []
         slots: list[int] = []
-        spans = []
+        parts: list[tuple[int, int, list[int]]] = []
         last: list[int] = []
         for chunk in batch:
-            sequence, start = chunk.sequence, len(token_ids)
-            first, end = sequence.num_computed, sequence.num_computed + chunk.num_tokens
-            table = sequence.block_table
+            sequence, first = chunk.sequence, chunk.sequence.num_computed
+            end, table = first + chunk.num_tokens, chunk.sequence.block_table
             token_ids += sequence.token_ids[first:end]
             positions += range(first, end)
             slots += [table[p // BLOCK_SIZE] * BLOCK_SIZE + p % BLOCK_SIZE for p in range(first, end)]
-            spans.append(
-                make_span(start, chunk.num_tokens, end, table[: -(-end // BLOCK_SIZE)], self._device)
-            )
+            parts.append((chunk.num_tokens, end, table[: -(-end // BLOCK_SIZE)]))
             if chunk.samples:
                 last.append(len(token_ids) - 1)
+        spans, copied_blocks = plan_spans(parts, BLOCK_SIZE, self._device)
         output = self._model(
             input_ids=self._tensor(token_ids).unsqueeze(0),
             position_ids=self._tensor(positions).unsqueeze(0),
             logits_to_keep=self._tensor(last),
-            batch=AttentionBatch(self._kv_cache, self._tensor(slots), spans),
+            batch=AttentionBatch(self._kv_cache, self._tensor(slots), copied_blocks, spans),
             use_cache=False,
         )
         logits: Tensor = output.logits[0].float()
@@ -137,7 +132,7 @@ def kv_bytes_per_token(model: Any) -> int:
 
 
 def kv_tokens_that_fit(
-    model: Any, *, max_batch_tokens: int, max_num_seqs: int, gpu_memory_utilization: float
+    model: Any, max_batch_tokens: int, max_num_seqs: int, gpu_memory_utilization: float
 ) -> int:
     """Tokens of KV cache for which there is memory beside the model and what a step needs.
 
