@@ -327,14 +327,19 @@ def load(
         )
         pool = BlockPool(kv_tokens // BLOCK_SIZE, BLOCK_SIZE)
         if pool.num_blocks == 0:
-            raise ValueError("no memory is left for the KV cache: free some, or raise --gpu-memory-utilization")
-        log.info("KV cache: %d tokens in %d blocks", pool.num_blocks * BLOCK_SIZE, pool.num_blocks)
+            raise ValueError(
+                "no memory is left for the KV cache: free some, or raise --gpu-memory-utilization"
+            )
+        kv_tokens = pool.num_blocks * BLOCK_SIZE
+        log.info("KV cache: %d tokens in %d blocks", kv_tokens, pool.num_blocks)
+        if kv_tokens < context:
+            log.warning("the context is %d tokens, as the KV cache holds no more", kv_tokens)
         return Engine(
             ChatFormat.from_pretrained(model),
             Scheduler(pool, max_batch_tokens=batch_tokens, max_num_seqs=num_seqs),
             ModelRunner(loaded, num_blocks=pool.num_blocks, max_num_seqs=num_seqs),
             thread=thread,
-            max_model_len=min(context, pool.num_blocks * BLOCK_SIZE),
+            max_model_len=min(context, kv_tokens),
             max_queue=max_queue,
         )
 

@@ -1,9 +1,9 @@
 """The step: a batch in, token ids out. What is particular to a device is decided here."""
 
-import os
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
@@ -140,8 +140,7 @@ def kv_tokens_that_fit(
     memory is taken: the rest is the user's.
     """
     if model.device.type == "cpu":
-        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 4
-        return int(free // kv_bytes_per_token(model))
+        return int(psutil.virtual_memory().available // 4 // kv_bytes_per_token(model))
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()

@@ -48,7 +48,8 @@ class Sampler:
         rows = torch.tensor([sequences[i].row for i in penalized], device=logits.device)
         index = torch.tensor(penalized, device=logits.device)
         params = [sequences[i].params for i in penalized]
-        repetition = _column([p.repetition_penalty for p in params], logits)
+        # A logit divided by less would not be a number.
+        repetition = _column([max(p.repetition_penalty, 1e-6) for p in params], logits)
         presence = _column([p.presence_penalty for p in params], logits)
         frequency = _column([p.frequency_penalty for p in params], logits)
 
@@ -115,7 +116,7 @@ def _draw_truncated(logits: Tensor, uniform: Tensor, params: list[SamplingParams
     vocab_size = logits.shape[1]
     # A sum of probabilities may round to 1 before its end: where top-p is off, nothing is to be cut.
     top_p = _column([p.top_p if p.top_p < 1 else 2.0 for p in params], logits)
-    top_k = _column([p.top_k or vocab_size for p in params], logits)
+    top_k = _column([min(p.top_k or vocab_size, vocab_size) for p in params], logits)
     min_p = _column([p.min_p for p in params], logits)
 
     logits, order = logits.sort(descending=True)

@@ -164,6 +164,25 @@ def test_a_row_that_was_anothers_is_begun_anew() -> None:
     assert sampler.sample(logits, [Sequence([0], params, row=0)]) == [4]
 
 
+@pytest.mark.parametrize(
+    "extreme",
+    [
+        {"top_k": 10**30},
+        {"top_p": 1e-300},
+        {"repetition_penalty": 1e-300},
+        {"temperature": 1.1e-5},
+        {"min_p": 1.0},
+    ],
+    ids=str,
+)
+def test_extremes_within_the_bounds_still_give_a_token(extreme: dict[str, float]) -> None:
+    logits = make_logits().unsqueeze(0)
+    (token,) = sample(logits, [SamplingParams(**extreme)])  # type: ignore[arg-type]
+    assert token in range(VOCAB)
+    if "repetition_penalty" not in extreme and "top_k" not in extreme:
+        assert token == sample(logits, [SamplingParams(temperature=0)])[0]
+
+
 def test_tiny_temperatures_are_greedy() -> None:
     logits = make_logits().unsqueeze(0)
     assert sample(logits, [SamplingParams(temperature=1e-30, top_p=1, repetition_penalty=1)]) == [
