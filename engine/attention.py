@@ -29,6 +29,16 @@ class Span:
 
 
 @dataclass(frozen=True)
+class Contexts:
+    """What queries see, one a sequence, as tensors: for CUDA, whose graphs read them at every step."""
+
+    block_tables: Tensor
+    """[sequences, blocks], int32; what stands behind a sequence's last block is not read."""
+    lens: Tensor
+    """[sequences], int32, tokens."""
+
+
+@dataclass(frozen=True)
 class AttentionBatch:
     """Where a step's keys and values go, and what its queries see."""
 
@@ -39,23 +49,25 @@ class AttentionBatch:
     copied_blocks: Tensor
     """The blocks of all sequences whose blocks do not lie side by side, one sequence behind the other."""
     spans: list[Span]
+    contexts: Contexts | None = None
+    """Of the step's first tokens, those that no span covers."""
 
 
 def plan_spans(
-    parts: list[tuple[int, int, list[int]]], block_size: int, device: torch.device
+    parts: list[tuple[int, int, list[int]]], start: int, block_size: int, device: torch.device
 ) -> tuple[list[Span], Tensor]:
     """Finds out where each sequence of a step has its context.
 
     Args:
         parts: for each sequence its number of tokens in the step, its number of tokens then, and the
             blocks that hold those, in order.
+        start: the first one's first token in the step.
 
     Returns:
         The spans, and the blocks to copy.
     """
     spans: list[Span] = []
     copied: list[int] = []
-    start = 0
     for num_queries, context_len, blocks in parts:
         is_copied = blocks != list(range(blocks[0], blocks[0] + len(blocks)))
         first = (len(copied) if is_copied else blocks[0]) * block_size
@@ -94,9 +106,14 @@ def paged_attention(
     blocks = batch.kv_cache[module.layer_idx]  # type: ignore[index]
     cache = blocks.flatten(0, 1)
     cache.index_copy_(0, batch.slots, torch.stack((key[0], value[0])).permute(2, 0, 1, 3))
-    copy = blocks.index_select(0, batch.copied_blocks).flatten(0, 1)
+    copy = blocks.index_select(0, batch.copied_blocks).flatten(0, 1) if batch.spans else cache
     queries = query[0].transpose(0, 1)
     output = torch.empty_like(queries, memory_format=torch.contiguous_format)
+    if batch.contexts is not None:
+        from engine.decode_attention import decode_attention  # Triton comes with torch for CUDA only
+
+        decoding = len(batch.contexts.lens)
+        output[:decoding] = decode_attention(queries[:decoding], blocks, batch.contexts, scaling)
     for span in batch.spans:
         context = (copy if span.is_copied else cache)[span.context]
         output[span.queries] = _attend(queries[span.queries], context, span.mask, scaling)

@@ -17,7 +17,6 @@ from engine.block_pool import BlockPool
 from engine.chat_format import ChatFormat, Message
 from engine.detokenizer import Detokenizer, TokenBytes
 from engine.model_runner import (
-    BLOCK_SIZE,
     ModelRunner,
     choose_device,
     choose_dtype,
@@ -25,7 +24,7 @@ from engine.model_runner import (
     load_model,
 )
 from engine.scheduler import Scheduler
-from engine.sequence import FinishReason, SamplingParams, Sequence
+from engine.sequence import BLOCK_SIZE, FinishReason, SamplingParams, Sequence
 
 log = logging.getLogger("llama.engine")
 
@@ -334,10 +333,13 @@ def load(
         log.info("KV cache: %d tokens in %d blocks", kv_tokens, pool.num_blocks)
         if kv_tokens < context:
             log.warning("the context is %d tokens, as the KV cache holds no more", kv_tokens)
+        runner = ModelRunner(loaded, num_blocks=pool.num_blocks, max_num_seqs=num_seqs)
+        if on.type == "cuda":
+            runner.capture_graphs(num_seqs, min(context, kv_tokens))
         return Engine(
             ChatFormat.from_pretrained(model),
             Scheduler(pool, max_batch_tokens=batch_tokens, max_num_seqs=num_seqs),
-            ModelRunner(loaded, num_blocks=pool.num_blocks, max_num_seqs=num_seqs),
+            runner,
             thread=thread,
             max_model_len=min(context, kv_tokens),
             max_queue=max_queue,

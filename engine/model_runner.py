@@ -1,21 +1,21 @@
 """The step: a batch in, token ids out. What is particular to a device is decided here."""
 
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
 import psutil
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForCausalLM
 
-from engine.attention import AttentionBatch, plan_spans
+from engine.attention import AttentionBatch, Contexts, plan_spans
+from engine.decode_graphs import DecodeGraphs
 from engine.packed_linear import can_pack, pack_linears
 from engine.sampler import Sampler
 from engine.scheduler import Chunk
-from engine.sequence import SamplingParams, Sequence
-
-BLOCK_SIZE = 16
-"""Tokens in a block of the KV cache."""
+from engine.sequence import BLOCK_SIZE, SamplingParams, Sequence
 
 
 def choose_device(name: str) -> torch.device:
@@ -52,7 +52,10 @@ def load_model(model: Path, device: torch.device, dtype: torch.dtype) -> Any:
     loaded = AutoModelForCausalLM.from_pretrained(
         model, dtype=dtype, device_map={"": device}, attn_implementation="paged", local_files_only=True
     )
-    if device.type == "cpu" and can_pack(dtype):
+    if device.type == "cuda":
+        # It plans anew for each length of context, which takes longer than to attend.
+        torch.backends.cuda.enable_cudnn_sdp(False)
+    elif can_pack(dtype):
         pack_linears(loaded)
     return loaded.eval()
 
@@ -71,11 +74,23 @@ class ModelRunner:
         self._model = model
         self._device: torch.device = model.device
         self._sampler = Sampler(max_num_seqs, config.vocab_size, self._device)
-        shape = (num_blocks, BLOCK_SIZE, 2, config.num_key_value_heads, config.head_dim)
+        # One block more than there are to allocate: CUDA graphs write their padding there.
+        shape = (num_blocks + 1, BLOCK_SIZE, 2, config.num_key_value_heads, config.head_dim)
         self._kv_cache = [
             torch.zeros(shape, dtype=model.dtype, device=self._device)
             for _ in range(config.num_hidden_layers)
         ]
+        self._graphs: DecodeGraphs | None = None
+
+    def capture_graphs(self, max_num_seqs: int, max_model_len: int) -> None:
+        """Makes decode steps on CUDA fast. It takes seconds."""
+        self._graphs = DecodeGraphs(
+            self._model,
+            self._kv_cache,
+            max_num_seqs=max_num_seqs,
+            max_blocks=-(-max_model_len // BLOCK_SIZE),
+            idle_block=len(self._kv_cache[0]) - 1,
+        )
 
     @torch.inference_mode()
     def run(self, batch: list[Chunk]) -> list[int | None]:
@@ -90,11 +105,14 @@ class ModelRunner:
 
     def check_device(self) -> None:
         """Raises if the device is lost. A step that fails may have failed alone."""
-        if self._device.type == "cuda":
+        if self._on_cuda:
             torch.cuda.synchronize()
 
     def _forward(self, batch: list[Chunk]) -> Tensor:
         """The logits of each chunk that samples: [chunks, vocab_size], float32."""
+        decodes = list(takewhile(lambda chunk: chunk.num_tokens == 1, batch)) if self._on_cuda else []
+        if self._graphs is not None and len(decodes) == len(batch):
+            return self._graphs.run([chunk.sequence for chunk in decodes])
         token_ids: list[int] = []
         positions: list[int] = []
         slots: list[int] = []
@@ -102,23 +120,33 @@ class ModelRunner:
         last: list[int] = []
         for chunk in batch:
             sequence, first = chunk.sequence, chunk.sequence.num_computed
-            end, table = first + chunk.num_tokens, chunk.sequence.block_table
+            end = first + chunk.num_tokens
             token_ids += sequence.token_ids[first:end]
             positions += range(first, end)
-            slots += [table[p // BLOCK_SIZE] * BLOCK_SIZE + p % BLOCK_SIZE for p in range(first, end)]
-            parts.append((chunk.num_tokens, end, table[: -(-end // BLOCK_SIZE)]))
+            slots += (sequence.slot(position) for position in range(first, end))
+            parts.append((chunk.num_tokens, end, sequence.block_table[: -(-end // BLOCK_SIZE)]))
             if chunk.samples:
                 last.append(len(token_ids) - 1)
-        spans, copied_blocks = plan_spans(parts, BLOCK_SIZE, self._device)
+        contexts = self._contexts(decodes) if decodes else None
+        spans, copied = plan_spans(parts[len(decodes) :], len(decodes), BLOCK_SIZE, self._device)
         output = self._model(
             input_ids=self._tensor(token_ids).unsqueeze(0),
             position_ids=self._tensor(positions).unsqueeze(0),
             logits_to_keep=self._tensor(last),
-            batch=AttentionBatch(self._kv_cache, self._tensor(slots), copied_blocks, spans),
+            batch=AttentionBatch(self._kv_cache, self._tensor(slots), copied, spans, contexts),
             use_cache=False,
         )
         logits: Tensor = output.logits[0].float()
         return logits
+
+    @property
+    def _on_cuda(self) -> bool:
+        return self._device.type == "cuda"
+
+    def _contexts(self, decodes: list[Chunk]) -> Contexts:
+        tables = [torch.tensor(chunk.sequence.block_table, dtype=torch.int32) for chunk in decodes]
+        lens = torch.tensor([chunk.sequence.num_computed + 1 for chunk in decodes], dtype=torch.int32)
+        return Contexts(pad_sequence(tables, batch_first=True).to(self._device), lens.to(self._device))
 
     def _tensor(self, values: list[int]) -> Tensor:
         return torch.tensor(values, dtype=torch.long, device=self._device)

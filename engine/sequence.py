@@ -3,6 +3,9 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
+BLOCK_SIZE = 16
+"""Tokens in a block of the KV cache."""
+
 FinishReason = Literal["stop", "length"]
 
 
@@ -71,6 +74,10 @@ class Sequence:
 
     def __post_init__(self) -> None:
         self.num_prompt_tokens = len(self.token_ids)
+
+    def slot(self, position: int) -> int:
+        """The place in the KV cache of the token at `position`."""
+        return self.block_table[position // BLOCK_SIZE] * BLOCK_SIZE + position % BLOCK_SIZE
 
     @property
     def num_pending(self) -> int:

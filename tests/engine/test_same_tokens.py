@@ -8,9 +8,9 @@ import torch
 from transformers import LlamaForCausalLM
 
 from engine.block_pool import BlockPool
-from engine.model_runner import BLOCK_SIZE, ModelRunner, load_model
+from engine.model_runner import ModelRunner, load_model
 from engine.scheduler import Scheduler
-from engine.sequence import SamplingParams, Sequence
+from engine.sequence import BLOCK_SIZE, SamplingParams, Sequence
 from tests.models import SHAPES, make_model
 
 CPU = torch.device("cpu")
