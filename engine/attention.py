@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention.bias import causal_lower_right
 from transformers import AttentionInterface
 
 
@@ -73,14 +74,18 @@ def plan_spans(
         first = (len(copied) if is_copied else blocks[0]) * block_size
         if is_copied:
             copied += blocks
-        mask = None
-        if num_queries > 1:
-            mask = torch.ones(num_queries, context_len, dtype=torch.bool, device=device)
-            mask = mask.tril(context_len - num_queries)
+        mask = _causal_mask(num_queries, context_len, device) if num_queries > 1 else None
         queries = slice(start, start + num_queries)
         spans.append(Span(queries, slice(first, first + context_len), is_copied, mask))
         start += num_queries
     return spans, torch.tensor(copied, dtype=torch.long, device=device)
+
+
+def _causal_mask(num_queries: int, context_len: int, device: torch.device) -> Tensor:
+    if device.type == "cuda":  # a mask by name only, which the fast kernels know
+        bias: Tensor = causal_lower_right(num_queries, context_len)
+        return bias
+    return torch.ones(num_queries, context_len, dtype=torch.bool).tril(context_len - num_queries)
 
 
 def paged_attention(

@@ -46,7 +46,7 @@ def decode_attention(query: Tensor, blocks: Tensor, contexts: Contexts, scaling:
     return output
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["table_stride"])  # it changes from step to step: one kernel for all
 def _attend_to_part(
     query, blocks, block_tables, lens, parts, stats,
     scaling, table_stride,
