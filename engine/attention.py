@@ -11,32 +11,33 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.attention.bias import causal_lower_right
 from transformers import AttentionInterface
 
 
 @dataclass(frozen=True)
-class Span:
-    """One sequence's part of a step."""
+class Contexts:
+    """What sequences attend to that have one query each: all tensors, which CUDA graphs read anew."""
 
-    queries: slice
-    """Its tokens among the step's."""
-    context: slice
-    """The tokens it attends to: those computed before and those of this step, in the cache, or, if its
-    blocks do not lie side by side there, in the copy that is made of such blocks."""
-    is_copied: bool
-    mask: Tensor | None
-    """[queries, context], True where a query may look; None if it may look at all."""
+    rows: slice | Tensor
+    """Their queries among the step's tokens."""
+    block_tables: Tensor
+    """[sequences, blocks]; behind a sequence's last block stands any other, which counts for nothing."""
+    lens: Tensor
+    """[sequences], tokens."""
 
 
 @dataclass(frozen=True)
-class Contexts:
-    """What queries see, one a sequence, as tensors: for CUDA, whose graphs read them at every step."""
+class Span:
+    """What a sequence attends to that has several queries: a part of a prompt."""
 
-    block_tables: Tensor
-    """[sequences, blocks], int32; what stands behind a sequence's last block is not read."""
-    lens: Tensor
-    """[sequences], int32, tokens."""
+    queries: slice
+    """Its tokens among the step's."""
+    blocks: Tensor
+    """Those that hold its tokens, in order."""
+    context_len: int
+    """Tokens: those computed before and those of this step."""
+    mask: Tensor
+    """[queries, context_len], True where a query may look."""
 
 
 @dataclass(frozen=True)
@@ -47,42 +48,15 @@ class AttentionBatch:
     """One for each layer: [blocks, block_size, 2, kv_heads, head_dim], keys and values."""
     slots: Tensor
     """[tokens] The place of each token in the cache: block * block_size + offset."""
-    copied_blocks: Tensor
-    """The blocks of all sequences whose blocks do not lie side by side, one sequence behind the other."""
+    contexts: list[Contexts]
     spans: list[Span]
-    contexts: Contexts | None = None
-    """Of the step's first tokens, those that no span covers."""
 
 
-def plan_spans(
-    parts: list[tuple[int, int, list[int]]], start: int, block_size: int, device: torch.device
-) -> tuple[list[Span], Tensor]:
-    """Finds out where each sequence of a step has its context.
+def causal_mask(num_queries: int, context_len: int, device: torch.device) -> Tensor:
+    """[num_queries, context_len], for queries that are the last tokens of their context."""
+    if device.type == "cuda":  # a mask by name only, which the fast kernels know; its import takes seconds
+        from torch.nn.attention.bias import causal_lower_right
 
-    Args:
-        parts: for each sequence its number of tokens in the step, its number of tokens then, and the
-            blocks that hold those, in order.
-        start: the first one's first token in the step.
-
-    Returns:
-        The spans, and the blocks to copy.
-    """
-    spans: list[Span] = []
-    copied: list[int] = []
-    for num_queries, context_len, blocks in parts:
-        is_copied = blocks != list(range(blocks[0], blocks[0] + len(blocks)))
-        first = (len(copied) if is_copied else blocks[0]) * block_size
-        if is_copied:
-            copied += blocks
-        mask = _causal_mask(num_queries, context_len, device) if num_queries > 1 else None
-        queries = slice(start, start + num_queries)
-        spans.append(Span(queries, slice(first, first + context_len), is_copied, mask))
-        start += num_queries
-    return spans, torch.tensor(copied, dtype=torch.long, device=device)
-
-
-def _causal_mask(num_queries: int, context_len: int, device: torch.device) -> Tensor:
-    if device.type == "cuda":  # a mask by name only, which the fast kernels know
         bias: Tensor = causal_lower_right(num_queries, context_len)
         return bias
     return torch.ones(num_queries, context_len, dtype=torch.bool).tril(context_len - num_queries)
@@ -109,45 +83,64 @@ def paged_attention(
         [1, tokens, heads, head_dim], and no weights.
     """
     blocks = batch.kv_cache[module.layer_idx]  # type: ignore[index]
-    cache = blocks.flatten(0, 1)
-    cache.index_copy_(0, batch.slots, torch.stack((key[0], value[0])).permute(2, 0, 1, 3))
-    copy = blocks.index_select(0, batch.copied_blocks).flatten(0, 1) if batch.spans else cache
+    new = torch.stack((key[0], value[0])).permute(2, 0, 1, 3)
+    blocks.flatten(0, 1).index_copy_(0, batch.slots, new)
     queries = query[0].transpose(0, 1)
     output = torch.empty_like(queries, memory_format=torch.contiguous_format)
-    if batch.contexts is not None:
-        from engine.decode_attention import decode_attention  # Triton comes with torch for CUDA only
-
-        decoding = len(batch.contexts.lens)
-        output[:decoding] = decode_attention(queries[:decoding], blocks, batch.contexts, scaling)
+    for contexts in batch.contexts:
+        if blocks.is_cuda:
+            from engine.decode_attention import decode_attention  # Triton comes with torch for CUDA only
+        else:
+            decode_attention = plain_decode_attention
+        output[contexts.rows] = decode_attention(queries[contexts.rows], blocks, contexts, scaling)
     for span in batch.spans:
-        context = (copy if span.is_copied else cache)[span.context]
-        output[span.queries] = _attend(queries[span.queries], context, span.mask, scaling)
+        output[span.queries] = _attend(queries[span.queries], blocks, span, scaling)
     return output.unsqueeze(0), None
 
 
-def _attend(query: Tensor, context: Tensor, mask: Tensor | None, scaling: float) -> Tensor:
-    """Grouped-query attention of one sequence, without repeating its keys for the heads that share them.
+# Grouped-query attention without repeating the keys for the heads that share them, in two forms.
+
+
+def plain_decode_attention(query: Tensor, blocks: Tensor, contexts: Contexts, scaling: float) -> Tensor:
+    """The heads of a group are the queries of one key/value head, and see all of it.
+
+    Args:
+        query: [sequences, heads, head_dim].
+        blocks: a layer's cache.
+
+    Returns:
+        [sequences, heads, head_dim]
+    """
+    num_seqs, num_heads, head_dim = query.shape
+    num_kv_heads = blocks.shape[3]
+    context = blocks.index_select(0, contexts.block_tables.flatten())
+    context = context.view(num_seqs, -1, 2, num_kv_heads, head_dim)
+    key, value = context.permute(2, 0, 3, 1, 4).unbind()
+    mask = torch.arange(context.shape[1], device=query.device) < contexts.lens.unsqueeze(1)
+    grouped = query.view(num_seqs, num_kv_heads, num_heads // num_kv_heads, head_dim)
+    attended = F.scaled_dot_product_attention(
+        grouped, key, value, attn_mask=mask[:, None, None], scale=scaling
+    )
+    return attended.reshape(num_seqs, num_heads, head_dim)
+
+
+def _attend(query: Tensor, blocks: Tensor, span: Span, scaling: float) -> Tensor:
+    """Each key/value head is a batch of its own, seen by the heads of its group.
 
     Args:
         query: [queries, heads, head_dim].
-        context: [tokens, 2, kv_heads, head_dim], keys and values.
+        blocks: a layer's cache.
 
     Returns:
         [queries, heads, head_dim]
     """
     num_queries, num_heads, head_dim = query.shape
-    num_kv_heads = context.shape[2]
-    key, value = context.permute(1, 2, 0, 3).unbind()
+    num_kv_heads = blocks.shape[3]
     group = num_heads // num_kv_heads
-    if num_queries == 1:  # the heads of a group, as queries that see all
-        grouped = query.view(1, num_kv_heads, group, head_dim)
-        attended = F.scaled_dot_product_attention(
-            grouped, key.unsqueeze(0), value.unsqueeze(0), scale=scaling
-        )
-        return attended.reshape(1, num_heads, head_dim)
+    context = blocks.index_select(0, span.blocks).flatten(0, 1)[: span.context_len]
+    key, value = context.permute(1, 2, 0, 3).unsqueeze(2).expand(-1, -1, group, -1, -1).unbind()
     grouped = query.view(num_queries, num_kv_heads, group, head_dim).permute(1, 2, 0, 3)
-    key, value = (x.unsqueeze(1).expand(-1, group, -1, -1) for x in (key, value))
-    attended = F.scaled_dot_product_attention(grouped, key, value, attn_mask=mask, scale=scaling)
+    attended = F.scaled_dot_product_attention(grouped, key, value, attn_mask=span.mask, scale=scaling)
     return attended.permute(2, 0, 1, 3).reshape(num_queries, num_heads, head_dim)
 
 

@@ -77,11 +77,11 @@ class DecodeGraphs:
 
     def _forward(self, size: int) -> Tensor:
         token_ids, positions, slots = self._inputs[:, :size]
-        contexts = Contexts(self._block_tables[:size], self._lens[:size])
+        contexts = Contexts(slice(0, size), self._block_tables[:size], self._lens[:size])
         output = self._model(
             input_ids=token_ids.unsqueeze(0),
             position_ids=positions.unsqueeze(0),
-            batch=AttentionBatch(self._kv_cache, slots, slots, [], contexts),
+            batch=AttentionBatch(self._kv_cache, slots, [contexts], []),
             use_cache=False,
         )
         logits: Tensor = output.logits[0].float()

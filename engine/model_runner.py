@@ -1,6 +1,6 @@
 """The step: a batch in, token ids out. What is particular to a device is decided here."""
 
-from itertools import takewhile
+from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForCausalLM
 
-from engine.attention import AttentionBatch, Contexts, plan_spans
+from engine.attention import AttentionBatch, Contexts, Span, causal_mask
 from engine.decode_graphs import DecodeGraphs
 from engine.packed_linear import can_pack, pack_linears
 from engine.sampler import Sampler
@@ -110,30 +110,33 @@ class ModelRunner:
 
     def _forward(self, batch: list[Chunk]) -> Tensor:
         """The logits of each chunk that samples: [chunks, vocab_size], float32."""
-        decodes = list(takewhile(lambda chunk: chunk.num_tokens == 1, batch)) if self._on_cuda else []
-        if self._graphs is not None and len(decodes) == len(batch):
-            return self._graphs.run([chunk.sequence for chunk in decodes])
+        if self._graphs is not None and all(chunk.num_tokens == 1 for chunk in batch):
+            return self._graphs.run([chunk.sequence for chunk in batch])
         token_ids: list[int] = []
         positions: list[int] = []
         slots: list[int] = []
-        parts: list[tuple[int, int, list[int]]] = []
         last: list[int] = []
+        decodes: list[tuple[int, Sequence]] = []
+        spans: list[Span] = []
         for chunk in batch:
-            sequence, first = chunk.sequence, chunk.sequence.num_computed
+            sequence, start, first = chunk.sequence, len(token_ids), chunk.sequence.num_computed
             end = first + chunk.num_tokens
             token_ids += sequence.token_ids[first:end]
             positions += range(first, end)
             slots += (sequence.slot(position) for position in range(first, end))
-            parts.append((chunk.num_tokens, end, sequence.block_table[: -(-end // BLOCK_SIZE)]))
+            if chunk.num_tokens == 1:
+                decodes.append((start, sequence))
+            else:
+                blocks = self._tensor(sequence.block_table[: -(-end // BLOCK_SIZE)])
+                mask = causal_mask(chunk.num_tokens, end, self._device)
+                spans.append(Span(slice(start, len(token_ids)), blocks, end, mask))
             if chunk.samples:
                 last.append(len(token_ids) - 1)
-        contexts = self._contexts(decodes) if decodes else None
-        spans, copied = plan_spans(parts[len(decodes) :], len(decodes), BLOCK_SIZE, self._device)
         output = self._model(
             input_ids=self._tensor(token_ids).unsqueeze(0),
             position_ids=self._tensor(positions).unsqueeze(0),
             logits_to_keep=self._tensor(last),
-            batch=AttentionBatch(self._kv_cache, self._tensor(slots), copied, spans, contexts),
+            batch=AttentionBatch(self._kv_cache, self._tensor(slots), self._contexts(decodes), spans),
             use_cache=False,
         )
         logits: Tensor = output.logits[0].float()
@@ -143,10 +146,23 @@ class ModelRunner:
     def _on_cuda(self) -> bool:
         return self._device.type == "cuda"
 
-    def _contexts(self, decodes: list[Chunk]) -> Contexts:
-        tables = [torch.tensor(chunk.sequence.block_table, dtype=torch.int32) for chunk in decodes]
-        lens = torch.tensor([chunk.sequence.num_computed + 1 for chunk in decodes], dtype=torch.int32)
-        return Contexts(pad_sequence(tables, batch_first=True).to(self._device), lens.to(self._device))
+    def _contexts(self, decodes: list[tuple[int, Sequence]]) -> list[Contexts]:
+        """The contexts of sequences that decode, given with their rows.
+
+        CUDA's kernel reads of each context what there is. The plain one reads as much of all as of the
+        longest, so those of like length, within a factor of two, are put together.
+        """
+        alike: defaultdict[int, list[tuple[int, Sequence]]] = defaultdict(list)
+        for row, sequence in decodes:
+            alike[0 if self._on_cuda else len(sequence.block_table).bit_length()].append((row, sequence))
+        return [
+            Contexts(
+                self._tensor([row for row, _ in group]),
+                pad_sequence([self._tensor(s.block_table) for _, s in group], batch_first=True),
+                self._tensor([s.num_computed + 1 for _, s in group]),
+            )
+            for group in alike.values()
+        ]
 
     def _tensor(self, values: list[int]) -> Tensor:
         return torch.tensor(values, dtype=torch.long, device=self._device)

@@ -97,6 +97,14 @@ def test_the_default_of_512_tokens_is_cut_to_the_context_and_told(tiny: Server) 
     assert answer["usage"]["total_tokens"] == 512
 
 
+def test_the_default_of_512_tokens_is_no_error_where_the_context_is_smaller(
+    start_server: Callable[..., Server], tiny_model: Path
+) -> None:
+    server = start_server(tiny_model, "--max-model-len", "64")
+    assert server.post(prompt="x").json()["usage"]["total_tokens"] == 64
+    assert server.post(prompt="x", max_tokens=65).status_code == 422
+
+
 @pytest.mark.parametrize("stop", ["。", ["zzz", "。"]])
 def test_a_stop_string_ends_the_answer(server: Server, stop: object) -> None:
     whole = server.post(prompt="讲个故事", temperature=0).json()["response"]
