@@ -2,6 +2,8 @@
 
 import torch
 from torch import Tensor, nn
+from transformers.activations import SiLUActivation
+from transformers.models.llama.modeling_llama import LlamaMLP
 
 
 class PackedLinear(nn.Module):
@@ -25,6 +27,21 @@ class PackedLinear(nn.Module):
         return y
 
 
+class PackedMLP(nn.Module):
+    """Llama's `down(silu(gate(x)) * up(x))`, of which oneDNN computes silu and product with the matrices."""
+
+    def __init__(self, mlp: LlamaMLP) -> None:
+        super().__init__()
+        self.gate, self.up, self.down = map(PackedLinear, (mlp.gate_proj, mlp.up_proj, mlp.down_proj))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., hidden_size] -> [..., hidden_size]"""
+        linear = torch.ops.mkldnn._linear_pointwise
+        gate = linear(x, self.gate.weight, self.gate.bias, "swish", [], "")
+        y: Tensor = self.down(linear.binary(x, gate, self.up.weight, self.up.bias, "mul"))
+        return y
+
+
 def can_pack(dtype: torch.dtype) -> bool:
     """Whether this build of torch packs weights of that type."""
     return (
@@ -35,9 +52,11 @@ def can_pack(dtype: torch.dtype) -> bool:
 
 
 def pack_linears(module: nn.Module) -> None:
-    """Replaces each `nn.Linear` below `module` by its packed form, and drops the plain weights."""
+    """Replaces the linear layers below `module` by their packed forms, and drops the plain weights."""
     for name, child in module.named_children():
         if isinstance(child, nn.Linear):
             setattr(module, name, PackedLinear(child))
+        elif isinstance(child, LlamaMLP) and isinstance(child.act_fn, SiLUActivation):
+            setattr(module, name, PackedMLP(child))
         else:
             pack_linears(child)
