@@ -97,10 +97,14 @@ def test_pieces_of_a_stream_join_to_the_whole_answer(demo_server: str) -> None:
     assert "".join(pieces) == get_completion("你好", url=demo_server, seed=7, temperature=1.0)
 
 
-def test_history_reaches_the_model(demo_server: str) -> None:
-    history = [{"role": "user", "content": "你好"}, {"role": "assistant", "content": "你好！"}]
-    alone = get_completion("And in English?", url=demo_server, temperature=0)
-    assert get_completion("And in English?", history, url=demo_server, temperature=0) != alone
+@pytest.mark.parametrize("name", ["Anna", "Tom"])
+def test_history_reaches_the_model(demo_server: str, name: str) -> None:
+    history = [
+        {"role": "user", "content": f"My name is {name}."},
+        {"role": "assistant", "content": f"Nice to meet you, {name}! 👋"},
+    ]
+    answer = get_completion("What is my name?", history, url=demo_server, temperature=0)
+    assert answer == f"Your name is {name}."
 
 
 @pytest.mark.parametrize("ask", [get_completion, lambda *args, **kw: list(stream_completion(*args, **kw))])
