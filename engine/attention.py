@@ -6,6 +6,7 @@ model's forward.
 """
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -13,17 +14,26 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
+from engine.sequence import BLOCK_SIZE
+
 
 @dataclass(frozen=True)
 class Contexts:
     """What sequences attend to that have one query each: all tensors, which CUDA graphs read anew."""
 
-    rows: slice | Tensor
-    """Their queries among the step's tokens."""
+    queries: slice
+    """Theirs among the step's tokens."""
     block_tables: Tensor
     """[sequences, blocks]; behind a sequence's last block stands any other, which counts for nothing."""
     lens: Tensor
     """[sequences], tokens."""
+
+    @cached_property
+    def bias(self) -> Tensor:
+        """[sequences, 1, 1, blocks * block_size], to be added to scores: 0 in a context, -inf behind it."""
+        position = torch.arange(self.block_tables.shape[1] * BLOCK_SIZE, device=self.lens.device)
+        bias = torch.zeros(len(self.lens), 1, 1, len(position), device=self.lens.device)
+        return bias.masked_fill_(position >= self.lens[:, None, None, None], -torch.inf)
 
 
 @dataclass(frozen=True)
@@ -82,20 +92,33 @@ def paged_attention(
     Returns:
         [1, tokens, heads, head_dim], and no weights.
     """
-    blocks = batch.kv_cache[module.layer_idx]  # type: ignore[index]
-    new = torch.stack((key[0], value[0])).permute(2, 0, 1, 3)
-    blocks.flatten(0, 1).index_copy_(0, batch.slots, new)
-    queries = query[0].transpose(0, 1)
+    keys_values = torch.stack((key[0], value[0])).permute(2, 0, 1, 3)
+    layer: int = module.layer_idx  # type: ignore[assignment]
+    return attend(batch, layer, query[0].transpose(0, 1), keys_values, scaling).unsqueeze(0), None
+
+
+def attend(batch: AttentionBatch, layer: int, queries: Tensor, keys_values: Tensor, scaling: float) -> Tensor:
+    """Stores a step's keys and values, and attends.
+
+    Args:
+        queries: [tokens, heads, head_dim].
+        keys_values: [tokens, 2, kv_heads, head_dim].
+
+    Returns:
+        [tokens, heads, head_dim]
+    """
+    blocks = batch.kv_cache[layer]
+    blocks.flatten(0, 1).index_copy_(0, batch.slots, keys_values)
     output = torch.empty_like(queries, memory_format=torch.contiguous_format)
     for contexts in batch.contexts:
         if blocks.is_cuda:
             from engine.decode_attention import decode_attention  # Triton comes with torch for CUDA only
         else:
             decode_attention = plain_decode_attention
-        output[contexts.rows] = decode_attention(queries[contexts.rows], blocks, contexts, scaling)
+        output[contexts.queries] = decode_attention(queries[contexts.queries], blocks, contexts, scaling)
     for span in batch.spans:
-        output[span.queries] = _attend(queries[span.queries], blocks, span, scaling)
-    return output.unsqueeze(0), None
+        output[span.queries] = _attend_to_span(queries[span.queries], blocks, span, scaling)
+    return output
 
 
 # Grouped-query attention without repeating the keys for the heads that share them, in two forms.
@@ -116,15 +139,14 @@ def plain_decode_attention(query: Tensor, blocks: Tensor, contexts: Contexts, sc
     context = blocks.index_select(0, contexts.block_tables.flatten())
     context = context.view(num_seqs, -1, 2, num_kv_heads, head_dim)
     key, value = context.permute(2, 0, 3, 1, 4).unbind()
-    mask = torch.arange(context.shape[1], device=query.device) < contexts.lens.unsqueeze(1)
-    grouped = query.view(num_seqs, num_kv_heads, num_heads // num_kv_heads, head_dim)
+    grouped = query.view(num_seqs, num_kv_heads, -1, head_dim)
     attended = F.scaled_dot_product_attention(
-        grouped, key, value, attn_mask=mask[:, None, None], scale=scaling
+        grouped, key, value, attn_mask=contexts.bias.to(query.dtype), scale=scaling
     )
     return attended.reshape(num_seqs, num_heads, head_dim)
 
 
-def _attend(query: Tensor, blocks: Tensor, span: Span, scaling: float) -> Tensor:
+def _attend_to_span(query: Tensor, blocks: Tensor, span: Span, scaling: float) -> Tensor:
     """Each key/value head is a batch of its own, seen by the heads of its group.
 
     Args:

@@ -1,6 +1,7 @@
 """The step: a batch in, token ids out. What is particular to a device is decided here."""
 
-from collections import defaultdict
+import sys
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,12 @@ from transformers import AutoModelForCausalLM
 
 from engine.attention import AttentionBatch, Contexts, Span, causal_mask
 from engine.decode_graphs import DecodeGraphs
-from engine.packed_linear import can_pack, pack_linears
+from engine.packed_layers import can_pack, pack_layers
 from engine.sampler import Sampler
 from engine.scheduler import Chunk
 from engine.sequence import BLOCK_SIZE, SamplingParams, Sequence
+
+_PROMPT = sys.maxsize
 
 
 def choose_device(name: str) -> torch.device:
@@ -56,7 +59,7 @@ def load_model(model: Path, device: torch.device, dtype: torch.dtype) -> Any:
         # It plans anew for each length of context, which takes longer than to attend.
         torch.backends.cuda.enable_cudnn_sdp(False)
     elif can_pack(dtype):
-        pack_linears(loaded)
+        pack_layers(loaded)
     return loaded.eval()
 
 
@@ -115,28 +118,27 @@ class ModelRunner:
         token_ids: list[int] = []
         positions: list[int] = []
         slots: list[int] = []
-        last: list[int] = []
-        decodes: list[tuple[int, Sequence]] = []
+        last_row: dict[Chunk, int] = {}
+        contexts: list[Contexts] = []
         spans: list[Span] = []
-        for chunk in batch:
-            sequence, start, first = chunk.sequence, len(token_ids), chunk.sequence.num_computed
-            end = first + chunk.num_tokens
-            token_ids += sequence.token_ids[first:end]
-            positions += range(first, end)
-            slots += (sequence.slot(position) for position in range(first, end))
-            if chunk.num_tokens == 1:
-                decodes.append((start, sequence))
-            else:
-                blocks = self._tensor(sequence.block_table[: -(-end // BLOCK_SIZE)])
-                mask = causal_mask(chunk.num_tokens, end, self._device)
-                spans.append(Span(slice(start, len(token_ids)), blocks, end, mask))
-            if chunk.samples:
-                last.append(len(token_ids) - 1)
+        for likeness, alike in groupby(sorted(batch, key=self._likeness), self._likeness):
+            start, chunks = len(token_ids), list(alike)
+            for chunk in chunks:
+                sequence, first = chunk.sequence, chunk.sequence.num_computed
+                end = first + chunk.num_tokens
+                if likeness == _PROMPT:
+                    spans.append(self._span(chunk, start=len(token_ids)))
+                token_ids += sequence.token_ids[first:end]
+                positions += range(first, end)
+                slots += (sequence.slot(position) for position in range(first, end))
+                last_row[chunk] = len(token_ids) - 1
+            if likeness != _PROMPT:
+                contexts.append(self._contexts(chunks, start))
         output = self._model(
             input_ids=self._tensor(token_ids).unsqueeze(0),
             position_ids=self._tensor(positions).unsqueeze(0),
-            logits_to_keep=self._tensor(last),
-            batch=AttentionBatch(self._kv_cache, self._tensor(slots), self._contexts(decodes), spans),
+            logits_to_keep=self._tensor([last_row[chunk] for chunk in batch if chunk.samples]),
+            batch=AttentionBatch(self._kv_cache, self._tensor(slots), contexts, spans),
             use_cache=False,
         )
         logits: Tensor = output.logits[0].float()
@@ -146,23 +148,34 @@ class ModelRunner:
     def _on_cuda(self) -> bool:
         return self._device.type == "cuda"
 
-    def _contexts(self, decodes: list[tuple[int, Sequence]]) -> list[Contexts]:
-        """The contexts of sequences that decode, given with their rows.
+    def _likeness(self, chunk: Chunk) -> int:
+        """Chunks of equal likeness are computed side by side, those of prompts behind all others.
 
         CUDA's kernel reads of each context what there is. The plain one reads as much of all as of the
         longest, so those of like length, within a factor of two, are put together.
         """
-        alike: defaultdict[int, list[tuple[int, Sequence]]] = defaultdict(list)
-        for row, sequence in decodes:
-            alike[0 if self._on_cuda else len(sequence.block_table).bit_length()].append((row, sequence))
-        return [
-            Contexts(
-                self._tensor([row for row, _ in group]),
-                pad_sequence([self._tensor(s.block_table) for _, s in group], batch_first=True),
-                self._tensor([s.num_computed + 1 for _, s in group]),
-            )
-            for group in alike.values()
-        ]
+        if chunk.num_tokens > 1:
+            return _PROMPT
+        return 0 if self._on_cuda else len(chunk.sequence.block_table).bit_length()
+
+    def _contexts(self, chunks: list[Chunk], start: int) -> Contexts:
+        """Of chunks of one token, whose rows begin at `start`."""
+        sequences = [chunk.sequence for chunk in chunks]
+        return Contexts(
+            slice(start, start + len(chunks)),
+            pad_sequence([self._tensor(sequence.block_table) for sequence in sequences], batch_first=True),
+            self._tensor([sequence.num_computed + 1 for sequence in sequences]),
+        )
+
+    def _span(self, chunk: Chunk, start: int) -> Span:
+        """Of a chunk of several tokens, whose rows begin at `start`."""
+        context_len = chunk.sequence.num_computed + chunk.num_tokens
+        return Span(
+            slice(start, start + chunk.num_tokens),
+            self._tensor(chunk.sequence.block_table[: -(-context_len // BLOCK_SIZE)]),
+            context_len,
+            causal_mask(chunk.num_tokens, context_len, self._device),
+        )
 
     def _tensor(self, values: list[int]) -> Tensor:
         return torch.tensor(values, dtype=torch.long, device=self._device)
