@@ -79,6 +79,10 @@ class ChatFormat:
             token_ids.append(self._eot)
         return token_ids + self._header("assistant")
 
+    def encode_text(self, text: str) -> list[int]:
+        """Token ids of a text to go on with, without a dialog around it."""
+        return [self._bos, *self.encode(text)]
+
     def _header(self, role: Role) -> list[int]:
         return [self._start_header, *self.encode(role), self._end_header, *self.encode("\n\n")]
 

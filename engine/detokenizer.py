@@ -36,6 +36,10 @@ class TokenBytes:
             known = self._known[token_id] = bytes(_BYTE_OF[character] for character in token)
         return known
 
+    def name(self, token_id: int) -> bytes:
+        """The bytes of a token; of a control token those of its name, such as <|eot_id|>."""
+        return self[token_id] or (self._tokenizer.id_to_token(token_id) or "").encode()
+
 
 class Detokenizer:
     """One answer's text.

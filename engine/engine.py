@@ -2,13 +2,15 @@
 
 import asyncio
 import logging
-from collections.abc import Callable
+import time
+from collections import deque
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from queue import SimpleQueue
-from typing import Self
+from typing import Any
 
 import torch
 
@@ -16,6 +18,18 @@ from engine import weights
 from engine.block_pool import BlockPool
 from engine.chat_format import ChatFormat, Message
 from engine.detokenizer import Detokenizer, TokenBytes
+from engine.generation import (
+    Choice,
+    DrainingError,
+    EngineDeadError,
+    Generation,
+    GenerationError,
+    InvalidPromptError,
+    Output,
+    PromptTooLongError,
+    QueueFullError,
+)
+from engine.grammar import Grammar, Grammars
 from engine.model_runner import (
     ModelRunner,
     choose_device,
@@ -24,110 +38,31 @@ from engine.model_runner import (
     load_model,
 )
 from engine.scheduler import Scheduler
-from engine.sequence import BLOCK_SIZE, FinishReason, SamplingParams, Sequence
+from engine.sequence import BLOCK_SIZE, SamplingParams, Sequence
 
 log = logging.getLogger("llama.engine")
 
 _LONG_TEXT = 16_384
 """Characters from which on a prompt is tokenized off the event loop: it takes milliseconds."""
 
-
-class PromptTooLongError(ValueError):
-    """The prompt leaves no room in the context for an answer."""
-
-
-class QueueFullError(RuntimeError):
-    """As many requests wait as may wait."""
-
-
-class EngineDeadError(RuntimeError):
-    """The engine has stopped, and will not answer any more."""
-
-
-class GenerationError(RuntimeError):
-    """This request failed; the engine goes on."""
+_RATE_OVER = 64
+"""Answers over which the rate is taken at which they end."""
+_LONGEST_RETRY = 60
+"""Seconds that a refused client is asked to wait at most."""
 
 
 @dataclass(frozen=True)
-class Usage:
-    """What a request cost, in tokens."""
+class Stats:
+    """How busy the engine is now, and what it has done since its start."""
 
-    prompt_tokens: int
-    completion_tokens: int
-
-
-@dataclass(frozen=True)
-class Delta:
-    """A piece of an answer. The last one, and no other, has a finish reason and the usage."""
-
-    text: str
-    finish_reason: FinishReason | None = None
-    usage: Usage | None = None
-
-
-class Generation:
-    """A request in flight: an async iterator over its answer. `close` frees what it holds, at any time."""
-
-    def __init__(self, engine: "Engine", sequence: Sequence, detokenizer: Detokenizer) -> None:
-        self._engine = engine
-        self._sequence = sequence
-        self._detokenizer = detokenizer
-        self._outputs: asyncio.Queue[_Output] = asyncio.Queue()
-        self._num_tokens = 0
-        self._finish_reason: FinishReason | None = None
-
-    @property
-    def usage(self) -> Usage:
-        """Until now."""
-        return Usage(self._sequence.num_prompt_tokens, self._num_tokens)
-
-    def __aiter__(self) -> Self:
-        return self
-
-    async def __anext__(self) -> Delta:
-        """The next piece: everything that has come since the last.
-
-        Raises:
-            GenerationError: if this request failed.
-            EngineDeadError: if the engine did.
-        """
-        text = ""
-        while not text:
-            if self._finish_reason is not None:
-                raise StopAsyncIteration
-            text += self._take(await self._outputs.get())
-            while not self._outputs.empty() and self._finish_reason is None:
-                text += self._take(self._outputs.get_nowait())
-            if self._finish_reason is not None:
-                self.close()
-                return Delta(text, self._finish_reason, self.usage)
-        return Delta(text)
-
-    def close(self) -> None:
-        """Ends the request; the engine forgets it before its next step. Harmless when it has ended."""
-        self._engine._release(self._sequence)
-
-    def _take(self, output: "_Output") -> str:
-        if output.error is not None:
-            raise output.error
-        assert output.token_id is not None
-        self._num_tokens += 1
-        self._finish_reason = output.finish_reason
-        text = self._detokenizer.feed(output.token_id)
-        if self._detokenizer.stopped:
-            self._finish_reason = "stop"
-        elif self._finish_reason is not None:
-            text += self._detokenizer.flush()
-        return text
-
-
-@dataclass(frozen=True)
-class _Output:
-    """What a step brought to one request."""
-
-    token_id: int | None = None
-    finish_reason: FinishReason | None = None
-    error: Exception | None = None
+    running: int
+    waiting: int
+    kv_cache_usage: float
+    """Share of the KV blocks that are in use."""
+    prefix_cache_queries: int
+    """Prompt tokens that were looked for in the cache, and of them those that were found."""
+    prefix_cache_hits: int
+    preemptions: int
 
 
 class Engine:
@@ -144,25 +79,38 @@ class Engine:
         runner: ModelRunner,
         *,
         thread: ThreadPoolExecutor,
+        vocab_size: int,
+        sampling_defaults: Mapping[str, float],
         max_model_len: int,
         max_queue: int,
+        request_timeout: float,
     ) -> None:
         """
         Args:
             thread: of one worker, the engine's own, which has made the runner.
+            vocab_size: the model's.
+            sampling_defaults: what the model's makers advise: some of temperature, top_p, top_k, ...
             max_model_len: the most tokens of a prompt and its answer together.
-            max_queue: the most requests that wait before they run.
+            max_queue: the most answers that wait before they run.
+            request_timeout: seconds that a request may take; 0 is no limit.
         """
+        self.vocab_size = vocab_size
+        self.sampling_defaults = sampling_defaults
         self.max_model_len = max_model_len
         self.max_queue = max_queue
         self.failure: Exception | None = None
-        """Why the engine has stopped; None while it serves."""
+        """Why the engine takes no requests; None while it does."""
         self.stopped = asyncio.Event()
+        self.token_bytes = TokenBytes(chat_format.tokenizer)
         self._chat_format = chat_format
-        self._token_bytes = TokenBytes(chat_format.tokenizer)
+        self._grammars = Grammars(chat_format.tokenizer, chat_format.stop_token_ids, vocab_size)
         self._scheduler = scheduler
         self._runner = runner
-        self._generations: dict[Sequence, Generation] = {}
+        self._request_timeout = request_timeout
+        self._generations: dict[Sequence, tuple[Generation, Choice]] = {}
+        self._idle = asyncio.Event()
+        self._ended: deque[float] = deque(maxlen=_RATE_OVER)
+        """When the last answers ended."""
         self._inbox: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
         self._thread = thread
         self._running: Future[None]
@@ -182,50 +130,159 @@ class Engine:
         self._thread.shutdown()
         self._fail(EngineDeadError("the server is shutting down"))
 
-    async def generate(self, messages: list[Message], params: SamplingParams) -> Generation:
-        """Takes a request. The caller iterates over its answer, and closes it in the end.
+    async def drain(self) -> None:
+        """Takes no more requests, and returns when those in flight have their answers."""
+        self.failure = self.failure or DrainingError("the server is shutting down")
+        if self._generations:
+            self._idle.clear()
+            await self._idle.wait()
+
+    def check_health(self) -> None:
+        """
+        Raises:
+            DrainingError, EngineDeadError: if the engine takes no requests.
+        """
+        if self.failure is not None:
+            raise type(self.failure)(str(self.failure))
+
+    @property
+    def stats(self) -> Stats:
+        """How busy the engine is, and has been."""
+        scheduler, pool = self._scheduler, self._scheduler.pool
+        return Stats(
+            running=len(scheduler.running),
+            waiting=self._num_waiting,
+            kv_cache_usage=1 - pool.num_unused / pool.num_blocks,
+            prefix_cache_queries=scheduler.num_prompt_tokens,
+            prefix_cache_hits=scheduler.num_cached_tokens,
+            preemptions=scheduler.num_preemptions,
+        )
+
+    async def generate(
+        self, messages: list[Message], params: SamplingParams, *, n: int = 1, grammar: Grammar | None = None
+    ) -> Generation:
+        """Takes a request for `n` answers to a dialog; the caller iterates over them, and closes it.
 
         Raises:
             PromptTooLongError: if the prompt leaves no room for a token of answer.
             QueueFullError: if too many requests wait.
+            DrainingError: if the server is shutting down.
             EngineDeadError: if the engine has stopped.
         """
-        if sum(len(message["content"]) for message in messages) < _LONG_TEXT:
-            token_ids = self._chat_format.encode_dialog(messages)
-        else:
-            token_ids = await asyncio.to_thread(self._chat_format.encode_dialog, messages)
-        return self._submit(token_ids, params)
+        length = sum(len(message["content"]) for message in messages)
+        prompt = await self._encode(partial(self._chat_format.encode_dialog, messages), length)
+        return self._submit([prompt], params, n, grammar)
 
-    def _submit(self, token_ids: list[int], params: SamplingParams) -> Generation:
-        room = self.max_model_len - len(token_ids)
-        if room < 1:
+    async def complete(
+        self,
+        prompts: list[str] | list[list[int]],
+        params: SamplingParams,
+        *,
+        n: int = 1,
+        grammar: Grammar | None = None,
+    ) -> Generation:
+        """Takes a request to go on with texts, or with token ids, `n` times with each. Else as `generate`.
+
+        Raises:
+            InvalidPromptError: if a prompt has no tokens, or ids that the model does not have.
+        """
+        all_token_ids = []
+        for prompt in prompts:
+            if isinstance(prompt, str):
+                prompt = await self._encode(partial(self._chat_format.encode_text, prompt), len(prompt))
+            if not prompt or not all(0 <= token_id < self.vocab_size for token_id in prompt):
+                raise InvalidPromptError(f"token ids must be from 0 to {self.vocab_size - 1}, at least one")
+            all_token_ids.append(prompt)
+        return self._submit(all_token_ids, params, n, grammar)
+
+    async def compile(self, schema: dict[str, Any] | None) -> Grammar:
+        """The grammar of answers that are JSON by `schema`; with None, any JSON object.
+
+        Raises:
+            GrammarError: if the schema can't be taken.
+        """
+        return await asyncio.to_thread(self._grammars.compile, schema)
+
+    async def _encode(self, encode: Callable[[], list[int]], length: int) -> list[int]:
+        return encode() if length < _LONG_TEXT else await asyncio.to_thread(encode)
+
+    def _submit(
+        self, prompts: list[list[int]], params: SamplingParams, n: int, grammar: Grammar | None
+    ) -> Generation:
+        self._check_admission(prompts, n)
+        sequences = [
+            Sequence(
+                list(prompt),
+                replace(
+                    params,
+                    max_tokens=min(params.max_tokens, self.max_model_len - len(prompt)),
+                    seed=_wrap(params.seed + i),
+                ),
+                self._chat_format.stop_token_ids,
+                grammar.copy() if grammar else None,
+            )
+            for prompt in prompts
+            for i in range(n)
+        ]
+        choices = [
+            Choice(index, sequence, Detokenizer(self.token_bytes, params.stop))
+            for index, sequence in enumerate(sequences)
+        ]
+        generation = Generation(choices, sum(map(len, prompts)), self._release)
+        if self._request_timeout:
+            generation.set_deadline(self._loop, self._request_timeout)
+        for choice in choices:
+            self._generations[choice.sequence] = generation, choice
+            self._inbox.put(partial(self._scheduler.add, choice.sequence))
+        return generation
+
+    def _check_admission(self, prompts: list[list[int]], n: int) -> None:
+        longest = max(map(len, prompts))
+        if longest >= self.max_model_len:
             raise PromptTooLongError(
-                f"the prompt has {len(token_ids)} tokens; the context is {self.max_model_len} tokens, "
+                f"the prompt has {longest} tokens; the context is {self.max_model_len} tokens, "
                 "of which at least one is the answer's"
             )
-        if self.failure is not None:
-            raise EngineDeadError(str(self.failure))
-        if self._inbox.qsize() + len(self._scheduler.waiting) >= self.max_queue:
-            raise QueueFullError(f"{self.max_queue} requests wait already")
-        params = replace(params, max_tokens=min(params.max_tokens, room))
-        sequence = Sequence(token_ids, params, self._chat_format.stop_token_ids)
-        generation = Generation(self, sequence, Detokenizer(self._token_bytes, params.stop))
-        self._generations[sequence] = generation
-        self._inbox.put(partial(self._scheduler.add, sequence))
-        return generation
+        if len(prompts) * n > self.max_queue:
+            raise InvalidPromptError(
+                f"{len(prompts) * n} answers are more than the {self.max_queue} that may wait"
+            )
+        self.check_health()
+        waiting = self._num_waiting
+        if waiting + len(prompts) * n > self.max_queue:
+            raise QueueFullError(f"{waiting} requests wait already", retry_after=self._retry_after(waiting))
+
+    @property
+    def _num_waiting(self) -> int:
+        return self._inbox.qsize() + len(self._scheduler.waiting)
+
+    def _retry_after(self, waiting: int) -> int:
+        """Seconds until those who wait will have been served, at the rate of late."""
+        if len(self._ended) < 2:
+            return 1
+        rate = len(self._ended) / max(time.monotonic() - self._ended[0], 1e-3)
+        return min(max(1, round(waiting / rate)), _LONGEST_RETRY)
 
     def _release(self, sequence: Sequence) -> None:
         if self._generations.pop(sequence, None) is not None:
             self._inbox.put(partial(self._scheduler.remove, sequence))
+            self._ended.append(time.monotonic())
+            if not self._generations:
+                self._idle.set()
 
-    def _dispatch(self, outputs: list[tuple[Sequence, _Output]]) -> None:
+    def _dispatch(self, outputs: list[tuple[Sequence, Output | Exception]]) -> None:
         for sequence, output in outputs:
-            if generation := self._generations.get(sequence):
-                generation._outputs.put_nowait(output)
+            if reader := self._generations.get(sequence):
+                generation, choice = reader
+                if isinstance(output, Exception):
+                    generation.fail(output)
+                else:
+                    generation.put(choice, output)
 
     def _fail(self, error: Exception) -> None:
-        self.failure = self.failure or error
-        self._dispatch([(sequence, _Output(error=error)) for sequence in self._generations])
+        self.failure = error
+        for generation, _ in list(self._generations.values()):
+            generation.fail(EngineDeadError(str(error)))
         self.stopped.set()
 
     # On the engine's thread.
@@ -253,6 +310,7 @@ class Engine:
         batch = self._scheduler.schedule()
         if not batch:
             return
+        outputs: list[tuple[Sequence, Output | Exception]]
         try:
             token_ids = self._runner.run(batch)
         except Exception as error:
@@ -261,7 +319,7 @@ class Engine:
             failed = [chunk.sequence for chunk in batch]
             for sequence in failed:
                 self._scheduler.remove(sequence)
-            outputs = [(sequence, _Output(error=GenerationError(str(error)))) for sequence in failed]
+            outputs = [(sequence, GenerationError(str(error))) for sequence in failed]
         else:
             outputs = [
                 (sequence, _output_of(sequence)) for sequence in self._scheduler.postprocess(batch, token_ids)
@@ -269,10 +327,16 @@ class Engine:
         self._loop.call_soon_threadsafe(self._dispatch, outputs)
 
 
-def _output_of(sequence: Sequence) -> _Output:
-    if sequence.failed:
-        return _Output(error=GenerationError("the model's logits are not numbers"))
-    return _Output(sequence.token_ids[-1], sequence.finish_reason)
+def _output_of(sequence: Sequence) -> Output | Exception:
+    if sequence.error is not None:
+        return GenerationError(sequence.error)
+    logprobs = sequence.logprobs[-1] if sequence.logprobs else None
+    return Output(sequence.token_ids[-1], sequence.finish_reason, logprobs)
+
+
+def _wrap(seed: int) -> int:
+    """Into 64 bits, signed."""
+    return (seed + (1 << 63)) % (1 << 64) - (1 << 63)
 
 
 def check(model: Path, device: str) -> None:
@@ -300,6 +364,7 @@ def load(
     max_batch_tokens: int = 0,
     kv_cache_tokens: int = 0,
     gpu_memory_utilization: float = 0.9,
+    request_timeout: float = 0,
 ) -> Engine:
     """Builds the engine for the model in the folder `model`. In each option, 0 and "auto" mean: choose.
 
@@ -341,8 +406,11 @@ def load(
             Scheduler(pool, max_batch_tokens=batch_tokens, max_num_seqs=num_seqs),
             runner,
             thread=thread,
+            vocab_size=loaded.config.vocab_size,
+            sampling_defaults=weights.sampling_defaults(model),
             max_model_len=min(context, kv_tokens),
             max_queue=max_queue,
+            request_timeout=request_timeout,
         )
 
     return thread.submit(build).result()

@@ -7,7 +7,7 @@ from hashlib import blake2b
 import torch
 from torch import Tensor
 
-from engine.sequence import SamplingParams, Sequence
+from engine.sequence import Logprobs, SamplingParams, Sequence, TokenLogprob
 
 
 class Sampler:
@@ -28,17 +28,25 @@ class Sampler:
             logits: [sequences, vocab_size], float32.
 
         Returns:
-            A token id for each sequence; None where the logits are not numbers: that sequence has failed,
-            and no other.
+            A token id for each sequence; None where the logits are not numbers, or no token is allowed: that
+            sequence has failed, and no other.
         """
-        is_number = logits.amax(-1).isfinite()
+        raw = logits
         penalized = [i for i, sequence in enumerate(sequences) if sequence.params.penalizes]
         if penalized:
             logits = self._penalize(logits, penalized, sequences)
+        if restricted := [i for i, sequence in enumerate(sequences) if sequence.is_restricted]:
+            logits = _restrict(logits, restricted, sequences)
+        is_number = logits.amax(-1).isfinite()
         token_ids = _choose(logits, sequences)
         if penalized:
             self._count(token_ids, penalized, sequences)
-        return [token_id if token_id >= 0 else None for token_id in token_ids.where(is_number, -1).tolist()]
+        sampled = [
+            token_id if token_id >= 0 else None for token_id in token_ids.where(is_number, -1).tolist()
+        ]
+        if reported := [i for i, sequence in enumerate(sequences) if sequence.params.logprobs is not None]:
+            _report(raw, sampled, reported, sequences)
+        return sampled
 
     def _penalize(self, logits: Tensor, penalized: list[int], sequences: Seq[Sequence]) -> Tensor:
         """Repetition penalty as in transformers' RepetitionPenaltyLogitsProcessor; presence and frequency
@@ -76,6 +84,47 @@ class Sampler:
         rows = torch.tensor([sequences[i].row for i in penalized], device=token_ids.device)
         index = torch.tensor(penalized, device=token_ids.device)
         self._output_counts[rows, token_ids[index]] += 1
+
+
+def _restrict(logits: Tensor, restricted: list[int], sequences: Seq[Sequence]) -> Tensor:
+    """Adds the biases, as OpenAI's API reference defines them, and rules out what may not come."""
+    logits = logits.clone()
+    masks: dict[int, Tensor] = {}
+    for i in restricted:
+        sequence, row = sequences[i], logits[i]
+        if sequence.params.logit_bias:
+            token_ids, biases = zip(*sequence.params.logit_bias, strict=True)
+            row[list(token_ids)] += torch.tensor(biases, device=row.device)
+        if sequence.num_output_tokens < sequence.params.min_tokens:
+            row[list(sequence.stop_token_ids)] = -torch.inf
+        if sequence.grammar is not None:
+            try:
+                masks[i] = sequence.grammar.allowed()
+            except ValueError as error:
+                sequence.error = str(error)
+                row.fill_(-torch.inf)
+    if masks:
+        from engine.grammar import unpack  # who has a grammar has loaded it
+
+        allowed = unpack(torch.stack(list(masks.values())).to(logits.device), logits.shape[1])
+        index = torch.tensor(list(masks), device=logits.device)
+        logits[index] = logits[index].masked_fill(~allowed, -torch.inf)
+    return logits
+
+
+def _report(logits: Tensor, sampled: list[int | None], reported: list[int], sequences: Seq[Sequence]) -> None:
+    """Adds to each sequence that asks for it what the model made of the place that was just filled."""
+    logprobs = logits[reported].log_softmax(-1)
+    most = max(sequences[i].params.logprobs or 0 for i in reported)
+    top = logprobs.topk(most, dim=-1)
+    drawn = logprobs.gather(1, torch.tensor([[sampled[i] or 0] for i in reported], device=logprobs.device))
+    for i, of_drawn, values, token_ids in zip(
+        reported, drawn[:, 0].tolist(), top.values.tolist(), top.indices.tolist(), strict=True
+    ):
+        token_id, count = sampled[i], sequences[i].params.logprobs
+        if token_id is not None:
+            ranked = [TokenLogprob(*pair) for pair in zip(token_ids, values, strict=True)][:count]
+            sequences[i].logprobs.append(Logprobs(TokenLogprob(token_id, of_drawn), ranked))
 
 
 def draw_uniform(seed: int, counter: int) -> float:

@@ -41,6 +41,9 @@ class Scheduler:
         self.running: list[Sequence] = []
         """In the order of their admission."""
         self.num_preemptions = 0
+        self.num_prompt_tokens = 0
+        """Those of all sequences that were admitted, and how many of them were in the cache."""
+        self.num_cached_tokens = 0
         self._free_rows = list(reversed(range(max_num_seqs)))
 
     @property
@@ -87,7 +90,7 @@ class Scheduler:
             self._advance(chunk)
         for sequence, token_id in zip(sampled, token_ids, strict=True):
             sequence.append(token_id)
-            if sequence.failed:  # what it left in the cache must not reach anybody else
+            if sequence.error is not None:  # what it left in the cache must not reach anybody else
                 for block in sequence.block_table:
                     self.pool.forget(block)
             if sequence.is_finished:
@@ -125,6 +128,8 @@ class Scheduler:
         if not self._free_rows:
             return False
         cached = self._find_cached(sequence)
+        if self._is_coming(sequence, len(cached)):
+            return False
         num_new = self.pool.blocks_for(len(sequence.token_ids)) - len(cached)
         num_unused = self.pool.num_unused - sum(not self.pool.is_used(block) for block in cached)
         # One block is left to each that runs, or the newcomer would soon be preempted for them.
@@ -136,6 +141,8 @@ class Scheduler:
         sequence.num_computed = len(cached) * self.pool.block_size
         sequence.row = self._free_rows.pop()
         self.running.append(sequence)
+        self.num_prompt_tokens += len(sequence.token_ids)
+        self.num_cached_tokens += sequence.num_computed
         return True
 
     def _find_cached(self, sequence: Sequence) -> list[int]:
@@ -146,6 +153,18 @@ class Scheduler:
                 break
             cached.append(block)
         return cached
+
+    def _is_coming(self, sequence: Sequence, index: int) -> bool:
+        """Whether another prompt is being computed that begins with the same blocks, number `index` too: so
+        that prompts which arrive together, as for several answers to one, are computed once."""
+        end = (index + 1) * self.pool.block_size
+        return end < len(sequence.token_ids) and any(
+            other.num_pending > 1
+            and other.num_computed < end <= len(other.token_ids)
+            and index <= len(other.block_hashes)
+            and self._hash(other, index) == self._hash(sequence, index)
+            for other in self.running
+        )
 
     def _advance(self, chunk: Chunk) -> None:
         """Counts a chunk as computed, and lets others find the blocks that it filled."""

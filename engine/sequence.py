@@ -1,7 +1,10 @@
 """One request's state."""
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import TYPE_CHECKING, Literal, NamedTuple
+
+if TYPE_CHECKING:
+    from engine.grammar import Grammar
 
 BLOCK_SIZE = 16
 """Tokens in a block of the KV cache."""
@@ -31,6 +34,14 @@ class SamplingParams:
     seed: int = 0
     """Of 64 bits, signed. The same seed draws the same numbers, whoever else is being served."""
     stop: tuple[str, ...] = ()
+    min_tokens: int = 0
+    """Until there are as many, no stop token is drawn."""
+    ignore_eos: bool = False
+    """A stop token does not end the answer."""
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    """What is added to the logits of some tokens."""
+    logprobs: int | None = None
+    """How many of the likeliest tokens to report at each place, beside the one drawn; None: nothing."""
 
     @property
     def is_greedy(self) -> bool:
@@ -48,6 +59,20 @@ class SamplingParams:
         return self.repetition_penalty != 1 or self.presence_penalty != 0 or self.frequency_penalty != 0
 
 
+class TokenLogprob(NamedTuple):
+    """A token and the logarithm of its probability, as the model has it: before penalties and temperature."""
+
+    token_id: int
+    logprob: float
+
+
+class Logprobs(NamedTuple):
+    """The token that was drawn, and the likeliest at its place, likeliest first."""
+
+    drawn: TokenLogprob
+    top: list[TokenLogprob]
+
+
 @dataclass(eq=False)
 class Sequence:
     """A prompt and the answer that grows behind it.
@@ -60,6 +85,8 @@ class Sequence:
     """Prompt and answer."""
     params: SamplingParams
     stop_token_ids: frozenset[int] = frozenset()
+    grammar: "Grammar | None" = None
+    """What the answer may be; None: anything."""
     num_prompt_tokens: int = field(init=False)
     num_computed: int = 0
     block_table: list[int] = field(default_factory=list)
@@ -69,8 +96,10 @@ class Sequence:
     row: int = -1
     """Where the sampler keeps what it knows of this sequence; -1 while it is not running."""
     finish_reason: FinishReason | None = None
-    failed: bool = False
-    """Whether it ended without a reason: its logits were not numbers."""
+    error: str | None = None
+    """Why it failed."""
+    logprobs: list[Logprobs] = field(default_factory=list)
+    """Of the answer's tokens, where they were asked for."""
 
     def __post_init__(self) -> None:
         self.num_prompt_tokens = len(self.token_ids)
@@ -90,15 +119,29 @@ class Sequence:
 
     @property
     def is_finished(self) -> bool:
-        return self.failed or self.finish_reason is not None
+        return self.error is not None or self.finish_reason is not None
+
+    @property
+    def is_restricted(self) -> bool:
+        """Whether some tokens may not come next, or come with a bias."""
+        return (
+            self.grammar is not None
+            or bool(self.params.logit_bias)
+            or self.num_output_tokens < self.params.min_tokens
+        )
 
     def append(self, token_id: int | None) -> None:
         """Adds a sampled token, and finishes the sequence if it is its last, or if none could be sampled."""
         if token_id is None:
-            self.failed = True
+            self.error = self.error or "the model's logits are not numbers"
             return
         self.token_ids.append(token_id)
-        if token_id in self.stop_token_ids:
+        if token_id in self.stop_token_ids and not self.params.ignore_eos:
             self.finish_reason = "stop"
-        elif self.num_output_tokens >= self.params.max_tokens:
+        elif self.grammar is not None:
+            try:
+                self.grammar.accept(token_id)
+            except ValueError as error:
+                self.error = str(error)
+        if self.finish_reason is None and self.num_output_tokens >= self.params.max_tokens:
             self.finish_reason = "length"

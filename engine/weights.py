@@ -81,6 +81,16 @@ def problems(model: Path) -> list[str]:
     return [problem for problem in found if problem]
 
 
+def sampling_defaults(model: Path) -> dict[str, float]:
+    """How the model's makers advise to sample from it: what generation_config.json says of it."""
+    path = model / "generation_config.json"
+    advice = _read_json(path) if path.exists() else {}
+    if advice.get("do_sample") is False:
+        return {"temperature": 0.0}
+    names = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
+    return {name: advice[name] for name in names if advice.get(name) is not None}
+
+
 def shard_names(model: Path) -> list[str]:
     """The names of the safetensors files that hold the weights, as transformers would choose them.
 

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from demo.dialogs import FILES, Turn, load_dialogs, prompts_and_answers
-from engine.engine import Delta, load
+from engine.engine import load
+from engine.generation import Delta
 from engine.sequence import SamplingParams
 from serving.settings import DEMO_MODEL
 

@@ -11,15 +11,14 @@ import pytest
 
 from engine import engine as engine_module
 from engine.chat_format import Message
-from engine.engine import (
+from engine.engine import Engine, load
+from engine.generation import (
     Delta,
-    Engine,
     EngineDeadError,
     GenerationError,
     PromptTooLongError,
     QueueFullError,
     Usage,
-    load,
 )
 from engine.scheduler import Chunk
 from engine.sequence import SamplingParams
@@ -325,7 +324,7 @@ def test_a_long_prompt_does_not_hold_up_the_event_loop_nor_the_streams(tiny_mode
             # Every step in which the prompt was prefilled brought the stream a token too.
             prefill = [batch for batch in steps[begun:] if any(chunk.num_tokens > 1 for chunk in batch)]
             assert len(prefill) >= 420 // 31
-            assert all(any(chunk.sequence is stream._sequence for chunk in batch) for batch in prefill)
+            assert all(any(chunk.sequence is stream._choices[0].sequence for chunk in batch) for batch in prefill)
             stream.close()
 
     run(scenario())

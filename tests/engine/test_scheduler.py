@@ -122,7 +122,7 @@ def test_what_a_failed_sequence_left_in_the_cache_is_not_found() -> None:
     bad, good = make_sequence(12), make_sequence(12)
     scheduler.add(bad)
     step(scheduler, token_id=None)
-    assert bad.failed
+    assert bad.error is not None
     scheduler.add(good)
     assert sizes(scheduler.schedule()) == [12]
 
