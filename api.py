@@ -10,20 +10,24 @@ import logging
 import os
 import signal
 import sys
+import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
-import uvicorn
 from fastapi import APIRouter, FastAPI, Request
+from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import JSONResponse, Response
 
-from engine.engine import Delta, Engine, EngineDeadError, check, load
-from serving import docs, errors
-from serving.errors import ApiError, parse, to_api_error
-from serving.exchange import EventStream, Exchange, RequestIds
-from serving.limits import read_body, unless_client_leaves
+from engine.engine import Engine, check, load
+from engine.generation import Delta, EngineDeadError
+from serving import chat_page, docs, errors, openai_api
+from serving.errors import ApiError, parse
+from serving.exchange import EventStream, Exchange, RequestIds, read_whole
+from serving.limits import ApiKeys, read_body
+from serving.openai_schemas import ChatCompletionRequest, CompletionRequest
 from serving.schemas import ChatAnswer, ChatRequest
-from serving.settings import Settings
+from serving.server import serve
+from serving.settings import Settings, hide_key
 
 log = logging.getLogger("llama")
 router = APIRouter()
@@ -36,32 +40,31 @@ async def create_answer(request: Request) -> Response:
     chat = parse(ChatRequest, await read_body(request, settings.max_body_bytes))
     exchange = await begin(request, chat)
     if chat.stream:
-        return EventStream(events(exchange), exchange)
-    try:
-        answer = await unless_client_leaves(request.receive, whole(exchange))
-    finally:
-        exchange.close()
-    return Response(answer.model_dump_json(), media_type="application/json")
+        return EventStream(exchange, lambda delta: [ChatAnswer.of(delta).model_dump_json(exclude_none=True)])
+    [answer], usage = await read_whole(request, exchange)
+    whole = ChatAnswer.of(Delta(answer.text, answer.finish_reason, usage))
+    return Response(whole.model_dump_json(), media_type="application/json")
 
 
 @router.get("/")
-async def describe(request: Request) -> JSONResponse:
-    """What this server is, and how to ask it."""
+async def describe(request: Request) -> Response:
+    """The chat page for browsers; for programs what this server is, and how to ask it."""
+    if chat_page.is_wanted(request):
+        return chat_page.response()
     settings: Settings = request.app.state.settings
     return JSONResponse({
-        "model": settings.model_path.name if settings.model != "demo" else "demo",
+        "model": settings.model_names[0],
         "ask": f"curl -X POST http://127.0.0.1:{settings.port} -d '{{\"prompt\": \"你好\"}}'",
         "docs": "/docs",
         "health": "/health",
-    })  # fmt: skip
+    }, headers={"Vary": "Accept"})  # fmt: skip
 
 
 @router.get("/health")
 async def health(request: Request) -> JSONResponse:
     """200 while the server can answer, 503 with the reason when it can't."""
     engine: Engine = request.app.state.engine
-    if engine.failure is not None:
-        raise EngineDeadError(str(engine.failure))
+    engine.check_health()
     return JSONResponse({"status": "ok"})
 
 
@@ -75,27 +78,11 @@ async def begin(request: Request, chat: ChatRequest) -> Exchange:
     return Exchange(request.state.request_id, generation, chat.prompt if settings.log_content else None)
 
 
-async def whole(exchange: Exchange) -> ChatAnswer:
-    """The answer in one piece: what the pieces of a stream add up to."""
-    deltas = [delta async for delta in exchange]
-    last = deltas[-1]
-    return ChatAnswer.of(Delta("".join(delta.text for delta in deltas), last.finish_reason, last.usage))
-
-
-async def events(exchange: Exchange) -> AsyncIterator[str]:
-    """The answer as server-sent events. An error is the last of them."""
-    try:
-        async for delta in exchange:
-            yield f"data: {ChatAnswer.of(delta).model_dump_json(exclude_none=True)}\n\n"
-        yield "data: [DONE]\n\n"
-    except Exception as error:
-        yield f"data: {to_api_error(error, exchange.request_id).body.model_dump_json()}\n\n"
-
-
 @asynccontextmanager
 async def lifespan(app: FastAPI) -> AsyncIterator[None]:
     """Loads the model, serves, and stops. If the engine fails for good, the process ends."""
     settings: Settings = app.state.settings
+    app.state.started = int(time.time())
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
     engine = app.state.engine = load(
         settings.model_path,
@@ -108,9 +95,10 @@ async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         max_batch_tokens=settings.max_batch_tokens,
         kv_cache_tokens=settings.kv_cache_tokens,
         gpu_memory_utilization=settings.gpu_memory_utilization,
+        request_timeout=settings.request_timeout,
     )
     engine.start()
-    if settings.is_public:
+    if settings.is_public and not settings.api_keys:
         log.warning("anybody who reaches %s can use this server: it asks for no key", settings.host)
     watch = asyncio.create_task(exit_with(engine))
     yield
@@ -128,21 +116,40 @@ def build_app(settings: Settings) -> FastAPI:
     """The app. It loads nothing until it starts."""
     app = FastAPI(title="Llama-3-8B-Instruct", lifespan=lifespan)
     app.state.settings = settings
+    if keys := settings.api_keys:
+        app.add_middleware(ApiKeys, keys=keys, max_per_key=settings.requests_per_key)
+    if origins := settings.cors_origins:
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=origins,
+            allow_methods=["GET", "POST"],
+            allow_headers=["Authorization", "Content-Type"],
+            expose_headers=["X-Request-ID", "Retry-After"],
+        )
     app.add_middleware(RequestIds)
     app.include_router(router)
+    app.include_router(openai_api.router)
     errors.install(app)
-    docs.document(app, ChatRequest)
+    docs.document(app, ChatRequest, ChatCompletionRequest, CompletionRequest)
     return app
 
 
 def main() -> None:
+    hide_key()
     settings = Settings.from_command_line()
     try:
         check(settings.model_path, settings.device)
     except ValueError as error:
         print(f"api.py: {error}", file=sys.stderr)
         sys.exit(2)
-    uvicorn.run(build_app(settings), host=settings.host, port=settings.port, access_log=False)
+    app = build_app(settings)
+
+    async def drain() -> None:
+        await app.state.engine.drain(settings.drain_timeout)
+
+    serve(app, host=settings.host, port=settings.port, drain=drain)
+    engine: Engine | None = getattr(app.state, "engine", None)
+    sys.exit(engine is None or isinstance(engine.failure, EngineDeadError))
 
 
 def __getattr__(name: str) -> FastAPI:

@@ -128,14 +128,18 @@ class Engine:
         self._inbox.put(None)
         await asyncio.wrap_future(self._running)
         self._thread.shutdown()
-        self._fail(EngineDeadError("the server is shutting down"))
+        self._fail(DrainingError("the server is shutting down"))
 
-    async def drain(self) -> None:
-        """Takes no more requests, and returns when those in flight have their answers."""
+    async def drain(self, seconds: float) -> None:
+        """Takes no more requests, and returns when those in flight are finished, or ended after `seconds`."""
         self.failure = self.failure or DrainingError("the server is shutting down")
-        if self._generations:
-            self._idle.clear()
-            await self._idle.wait()
+        try:
+            async with asyncio.timeout(seconds):
+                while self._generations:
+                    self._idle.clear()
+                    await self._idle.wait()
+        except TimeoutError:
+            self._fail_all(DrainingError("the server is shutting down"))
 
     def check_health(self) -> None:
         """
@@ -281,9 +285,12 @@ class Engine:
 
     def _fail(self, error: Exception) -> None:
         self.failure = error
-        for generation, _ in list(self._generations.values()):
-            generation.fail(EngineDeadError(str(error)))
+        self._fail_all(error)
         self.stopped.set()
+
+    def _fail_all(self, error: Exception) -> None:
+        for generation, _ in list(self._generations.values()):
+            generation.fail(type(error)(str(error)))
 
     # On the engine's thread.
 

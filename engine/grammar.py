@@ -218,10 +218,8 @@ def _check_size(schema: Any) -> None:
             _fail("", f"numbers beyond {_MAX_NUMBER} are not supported")
         if depth > _MAX_DEPTH:
             _fail("", f"it is nested too deeply: at most {_MAX_DEPTH} levels are supported")
-        if num_values + len(values) > _MAX_VALUES or num_characters > _MAX_TEXT:
-            _fail(
-                "", f"it is too large: at most {_MAX_VALUES} values and {_MAX_TEXT} characters are supported"
-            )
+        if num_characters > _MAX_TEXT:
+            _fail("", f"it is too large: at most {_MAX_TEXT} characters are supported")
 
 
 class _Translation:
@@ -408,7 +406,7 @@ class _Translation:
         return int(value)
 
     def _resolve(self, schema: _Schema | bool) -> _Schema | bool:
-        """What a chain of $refs leads to; one that leads in a circle has been refused."""
+        """What a chain of $refs leads to; one that leads in a circle is refused afterwards."""
         seen = set()
         while isinstance(schema, dict) and "$ref" in schema and schema["$ref"] not in seen:
             seen.add(schema["$ref"])
@@ -419,9 +417,11 @@ class _Translation:
         """Refuses branches that a value might fit two of: with none such, oneOf is anyOf."""
         schemas = [self._resolve(branch) for branch in branches]
         objects = [s for s in schemas if isinstance(s, dict) and s.get("type") == ["object"]]
-        types = [name for s in schemas if s not in objects for name in self._types_of(s)]
-        types += ["object"] * bool(objects)
-        if len(types) > len(set(types)) or (len(objects) > 1 and not self._have_tag(objects)):
+        types = [name for s in schemas for name in self._types_of(s)]
+        # Objects count as one: they are told apart by a tag.
+        if len(types) > len(set(types)) + max(len(objects) - 1, 0) or (
+            len(objects) > 1 and not self._have_tag(objects)
+        ):
             _fail(
                 path,
                 "oneOf is supported only if its schemas differ in type, or in the constant of a property "
@@ -508,14 +508,14 @@ def _is_number(value: Any) -> bool:
 def _bound(value: Any, path: str) -> int | float:
     if not _is_number(value):
         _fail(path, "it must be a number")
-    # Of more, llguidance loses the last.
-    if round(value, 15) != value:
-        _fail(path, "more than 15 decimal places are not supported")
+    # With more, llguidance takes a fraction for none.
+    if round(value, 18) != value:
+        _fail(path, "more than 18 decimal places are not supported")
     return int(value) if value == int(value) else float(value)
 
 
 def _check_range(keywords: _Schema, path: str) -> None:
-    """Refuses what llguidance mistakes: that a fraction be more than a whole number and less than the next."""
+    """Refuses what llguidance gets wrong: to be more than a whole number, and less than the next."""
     lows = [keywords[name] for name in ("minimum", "exclusiveMinimum") if name in keywords]
     highs = [keywords[name] for name in ("maximum", "exclusiveMaximum") if name in keywords]
     if lows and highs and -1 < max(lows) - min(highs) < 0:

@@ -13,13 +13,22 @@ ERRORS: dict[int | str, dict[str, Any]] = {
     status: {"model": ErrorBody, "description": description}
     for status, description in {
         400: "The body is not JSON, or the prompt does not fit into the context",
+        401: "There is no API key, or a wrong one",
+        408: "The body did not come in time, or the client did not read its answer",
         413: "The body is too large",
         422: "A field is missing, unknown, of the wrong type or out of bounds",
-        429: "The queue is full; see Retry-After",
+        429: "The queue is full, or the key has too many requests in flight; see Retry-After",
         500: "The request failed in the engine",
-        503: "The engine has stopped; see Retry-After",
+        503: "The server is shutting down, or the engine has stopped; see Retry-After",
+        504: "The answer took longer than the server allows",
     }.items()
 }
+
+OPENAI_ERRORS = {status: error for status, error in ERRORS.items() if status != 422} | {
+    400: ERRORS[422],
+    404: {"model": ErrorBody, "description": "There is no such model"},
+}
+"""Those of /v1, where OpenAI's clients expect 400 of what the schema refuses."""
 
 
 def json_body(schema: type[BaseModel]) -> dict[str, Any]:

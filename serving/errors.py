@@ -10,15 +10,25 @@ from pydantic import BaseModel, ValidationError
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
-from engine.engine import EngineDeadError, GenerationError, PromptTooLongError, QueueFullError
+from engine.generation import (
+    DeadlineError,
+    DrainingError,
+    EngineDeadError,
+    EngineError,
+    GenerationError,
+    InvalidPromptError,
+    PromptTooLongError,
+    QueueFullError,
+    SlowReaderError,
+)
 from serving.schemas import now
 
 log = logging.getLogger("llama.serving")
 
 T = TypeVar("T", bound=BaseModel)
 
-_RETRY_AFTER = "1"
-"""Seconds. A place in the queue comes free with each answer that ends."""
+_RETRY_AFTER = "5"
+"""Seconds after which a server that was stopped may be back."""
 
 
 class ErrorDetail(BaseModel):
@@ -70,23 +80,32 @@ def to_api_error(error: Exception, request_id: str) -> ApiError:
             return error
         case HTTPException():
             return ApiError(error.status_code, error.detail, headers=dict(error.headers or {}))
-        case PromptTooLongError():
+        case PromptTooLongError() | InvalidPromptError():
             return ApiError(400, str(error), param="prompt")
         case QueueFullError():
-            return ApiError(429, f"the server is busy: {error}", headers={"Retry-After": _RETRY_AFTER})
-        case EngineDeadError():
+            return ApiError(
+                429, f"the server is busy: {error}", headers={"Retry-After": str(error.retry_after)}
+            )
+        case EngineDeadError() | DrainingError():
             return ApiError(503, f"{error}", headers={"Retry-After": _RETRY_AFTER})
+        case DeadlineError():
+            return ApiError(504, str(error))
+        case SlowReaderError():
+            return ApiError(408, str(error))
         case GenerationError():
             return ApiError(500, f"request {request_id} failed in the engine")
     log.error("request %s failed", request_id, exc_info=error)
     return ApiError(500, f"request {request_id} failed")
 
 
-def parse(schema: type[T], body: bytes) -> T:
+def parse(schema: type[T], body: bytes, *, refusal: int = 422) -> T:
     """Reads a request's body, whatever its Content-Type: the tutorial's curl line sends a form's.
 
+    Args:
+        refusal: the status of what the schema refuses.
+
     Raises:
-        ApiError: 400 if it is not JSON; 422, with the field's name, if the schema refuses it.
+        ApiError: 400 if it is not JSON; `refusal`, with the field's name, if the schema refuses it.
     """
     try:
         return schema.model_validate_json(body)
@@ -99,7 +118,7 @@ def parse(schema: type[T], body: bytes) -> T:
         (".".join(map(str, fault["loc"])), fault["msg"].removeprefix("Value error, ")) for fault in faults[:8]
     ]
     message = "; ".join(f"{name}: {text}" if name else text for name, text in named)
-    raise ApiError(422, message, param=named[0][0] or None)
+    raise ApiError(refusal, message, param=named[0][0] or None)
 
 
 async def _client_left(request: Request, error: Exception) -> Response:
@@ -113,14 +132,7 @@ async def _answer(request: Request, error: Exception) -> Response:
 
 def install(app: FastAPI) -> None:
     """Lets every error of the app be answered in the one form."""
-    for kind in (
-        ApiError,
-        HTTPException,
-        PromptTooLongError,
-        QueueFullError,
-        EngineDeadError,
-        GenerationError,
-    ):
+    for kind in (ApiError, HTTPException, EngineError):
         app.add_exception_handler(kind, _answer)
     app.add_exception_handler(Exception, _answer)
     app.add_exception_handler(ClientDisconnect, _client_left)

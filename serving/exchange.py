@@ -4,14 +4,19 @@ import asyncio
 import logging
 import secrets
 import time
-from collections.abc import AsyncIterator
+from collections import defaultdict
+from collections.abc import AsyncIterator, Callable, Iterable
+from dataclasses import dataclass, field
 from typing import Self
 
+from fastapi import Request
 from fastapi.responses import StreamingResponse
 from starlette.datastructures import MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from engine.engine import Delta, Generation
+from engine.generation import Delta, Generation, Usage
+from engine.sequence import FinishReason, Logprobs
+from serving.errors import to_api_error
 from serving.limits import unless_client_leaves
 
 log = logging.getLogger("llama.requests")
@@ -88,6 +93,39 @@ class Exchange:
         log.info(line)
 
 
+@dataclass
+class Answer:
+    """One answer, or a piece of it: what pieces of a stream add up to."""
+
+    text: str = ""
+    finish_reason: FinishReason | None = None
+    """None of a piece of an answer that goes on."""
+    logprobs: list[Logprobs] = field(default_factory=list)
+
+
+async def read_whole(request: Request, exchange: Exchange) -> tuple[list[Answer], Usage]:
+    """All answers of an exchange, which is closed then.
+
+    Raises:
+        ClientDisconnect: if the client leaves before they are there.
+    """
+
+    async def read() -> tuple[list[Answer], Usage]:
+        answers: defaultdict[int, Answer] = defaultdict(Answer)
+        async for delta in exchange:
+            answer = answers[delta.choice]
+            answer.text += delta.text
+            answer.logprobs += delta.logprobs
+            answer.finish_reason = delta.finish_reason or answer.finish_reason
+        assert delta.usage is not None
+        return [answers[choice] for choice in sorted(answers)], delta.usage
+
+    try:
+        return await unless_client_leaves(request.receive, read())
+    finally:
+        exchange.close()
+
+
 class EventStream(StreamingResponse):
     """Server-sent events (html.spec.whatwg.org, section 9.2), until they end or the client leaves.
 
@@ -96,9 +134,14 @@ class EventStream(StreamingResponse):
 
     media_type = "text/event-stream"
 
-    def __init__(self, events: AsyncIterator[str], exchange: Exchange) -> None:
+    def __init__(self, exchange: Exchange, to_json: Callable[[Delta], Iterable[str]]) -> None:
+        """
+        Args:
+            to_json: what is sent of a piece of an answer, as JSON documents, each of which becomes an event.
+        """
         # A proxy that collects the answer before it passes it on would undo the streaming.
-        super().__init__(events, headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
+        headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+        super().__init__(_events(exchange, to_json), headers=headers)
         self._exchange = exchange
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -106,3 +149,13 @@ class EventStream(StreamingResponse):
             await unless_client_leaves(receive, self.stream_response(send))
         finally:
             self._exchange.close()
+
+
+async def _events(exchange: Exchange, to_json: Callable[[Delta], Iterable[str]]) -> AsyncIterator[str]:
+    try:
+        async for delta in exchange:
+            for document in to_json(delta):
+                yield f"data: {document}\n\n"
+        yield "data: [DONE]\n\n"
+    except Exception as error:  # the status is sent already: an error is the last event
+        yield f"data: {to_api_error(error, exchange.request_id).body.model_dump_json()}\n\n"

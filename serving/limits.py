@@ -1,32 +1,101 @@
-"""How much a client may send, and what happens when it leaves."""
+"""Who may ask, how much a client may send, and what happens when it leaves."""
 
 import asyncio
+from collections import Counter
 from collections.abc import Coroutine
+from hashlib import sha256
+from hmac import compare_digest
 from typing import Any, TypeVar
 
 from fastapi import Request
+from starlette.datastructures import Headers
 from starlette.requests import ClientDisconnect
-from starlette.types import Receive
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from serving.errors import ApiError
 
 T = TypeVar("T")
 
 
+# What is left of a body will not be read, however long it is: the connection can't be used again.
+_CLOSE = {"Connection": "close"}
+_BODY_SECONDS = 60.0
+_ONE_AT_A_TIME = "1"
+"""Seconds: a place comes free with each answer that ends."""
+
+
 async def read_body(request: Request, max_bytes: int) -> bytes:
     """The whole body, of which no more than `max_bytes` are ever held.
 
     Raises:
-        ApiError: 413 if it is larger.
+        ApiError: 413 if it is larger, 408 if it does not come in time.
         ClientDisconnect: if the client leaves before its end.
     """
     body = bytearray()
-    async for chunk in request.stream():
-        body += chunk
-        if len(body) > max_bytes:
-            # What is left of it will not be read, however long it is: the connection can't be used again.
-            raise ApiError(413, f"the body is larger than {max_bytes} bytes", headers={"Connection": "close"})
+    try:
+        async with asyncio.timeout(_BODY_SECONDS):
+            async for chunk in request.stream():
+                body += chunk
+                if len(body) > max_bytes:
+                    raise ApiError(413, f"the body is larger than {max_bytes} bytes", headers=_CLOSE)
+    except TimeoutError:
+        raise ApiError(408, f"the body did not come within {_BODY_SECONDS:g} s", headers=_CLOSE) from None
     return bytes(body)
+
+
+class ApiKeys:
+    """Middleware that lets in who has a key, and nobody with too many requests at once.
+
+    Whether the server lives, and the chat page, which holds no secret, are for everybody.
+    """
+
+    def __init__(self, app: ASGIApp, keys: frozenset[str], max_per_key: int) -> None:
+        """
+        Args:
+            keys: at least one.
+            max_per_key: the most requests in flight with one of them.
+        """
+        self._app = app
+        self._max_per_key = max_per_key
+        self._digests = [_digest(key.encode()) for key in keys]
+        self._in_flight: Counter[bytes] = Counter()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http" or _is_open(scope):
+            await self._app(scope, receive, send)
+            return
+        digest = _digest(_bearer(Headers(scope=scope)))
+        if refusal := self._refusal(digest):
+            await refusal.response(scope, receive, send)
+            return
+        self._in_flight[digest] += 1
+        try:
+            await self._app(scope, receive, send)
+        finally:
+            self._in_flight[digest] -= 1
+
+    def _refusal(self, digest: bytes) -> ApiError | None:
+        # All are compared, in the same time: a guess learns nothing from how long its refusal takes.
+        if not sum(compare_digest(digest, known) for known in self._digests):
+            challenge = {"WWW-Authenticate": "Bearer"} | _CLOSE
+            return ApiError(401, "an API key is needed: Authorization: Bearer <key>", headers=challenge)
+        if self._in_flight[digest] >= self._max_per_key:
+            headers = {"Retry-After": _ONE_AT_A_TIME} | _CLOSE
+            return ApiError(429, f"{self._max_per_key} requests with this key are in flight", headers=headers)
+        return None
+
+
+def _is_open(scope: Scope) -> bool:
+    return scope["path"] == "/health" or (scope["path"] == "/" and scope["method"] in ("GET", "HEAD"))
+
+
+def _bearer(headers: Headers) -> bytes:
+    scheme, _, key = headers.get("authorization", "").partition(" ")
+    return key.strip().encode("latin-1") if scheme.lower() == "bearer" else b""
+
+
+def _digest(key: bytes) -> bytes:
+    return sha256(key).digest()
 
 
 async def unless_client_leaves(receive: Receive, work: Coroutine[Any, Any, T]) -> T:

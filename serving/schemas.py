@@ -7,32 +7,32 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, field_validator
 
 from engine.chat_format import Message
-from engine.engine import Delta, Usage
+from engine.generation import Delta, Usage
 from engine.sequence import FinishReason, SamplingParams
 
 StopString = Annotated[str, StringConstraints(min_length=1, max_length=64)]
 
 
-class _Request(BaseModel):
+class Request(BaseModel):
     # Strict, so that "5" is no number and true is no integer: a client's mistake is told, not guessed at.
     model_config = ConfigDict(
         strict=True, extra="forbid", frozen=True, allow_inf_nan=False, use_attribute_docstrings=True
     )
 
 
-class ChatMessage(_Request):
+class ChatMessage(Request):
     """One turn of the dialog."""
 
     role: Literal["system", "user", "assistant"]
     content: str
 
 
-class ChatRequest(_Request):
+class ChatRequest(Request):
     """A question, the dialog before it, and how to answer."""
 
     prompt: Annotated[str, Field(examples=["你好"])]
     """What the user says. Not blank."""
-    history: list[ChatMessage] = []
+    history: list[ChatMessage] = Field([], max_length=2048)
     """The dialog so far, oldest turn first. The server keeps none: send it whole each time."""
     max_tokens: int = Field(512, ge=1)
     """Most tokens of the answer, at most the context. Cut to what fits behind the prompt."""

@@ -1,12 +1,13 @@
 """Every knob, once: its name, default, bounds and meaning. Set by a LLAMA_* variable or a --flag."""
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence as Seq
 from pathlib import Path
 from typing import Literal, NoReturn, Self
 
-from pydantic import Field, ValidationError
+from pydantic import Field, SecretStr, ValidationError, field_validator
 from pydantic_settings import BaseSettings, CliApp, CliSettingsSource, SettingsConfigDict
 
 from engine.weights import default_models_folder, find_model
@@ -32,6 +33,8 @@ class Settings(BaseSettings):
     """folder of the model, or "demo"; empty: what model_download.py puts into the models folder"""
     models_folder: Path = Field(default_factory=default_models_folder)
     """where models are kept"""
+    served_model_name: str = ""
+    """names of the model in /v1, separated by commas; empty: the folder's"""
     host: str = "0.0.0.0"
     """address to listen on; 127.0.0.1 is reached from this machine only"""
     port: int = Field(6006, ge=0, le=65535)
@@ -46,6 +49,18 @@ class Settings(BaseSettings):
     """most tokens of a prompt and its answer together; 0: what the model was trained for"""
     max_queue: int = Field(256, ge=1)
     """most requests that wait; those beyond are refused with 429"""
+    max_per_key: int = Field(0, ge=0)
+    """most requests in flight with one API key; 0: half of max_queue if there are several keys"""
+    request_timeout: float = Field(600, ge=0)
+    """seconds that an answer may take, its wait included, before it ends with 504; 0 is no limit"""
+    drain_timeout: float = Field(30, ge=0)
+    """seconds that answers in flight have to finish after SIGTERM or Ctrl-C"""
+    api_key: SecretStr = SecretStr("")
+    """keys that clients must send one of, separated by commas; empty: anybody may use the server"""
+    api_key_file: Path | None = None
+    """file with more of them, one in a line"""
+    cors_origin: str = ""
+    """web pages that may use the server, as https://example.com, separated by commas; * is any"""
     max_num_seqs: int = Field(256, ge=1, le=4096)
     """most requests that run at once"""
     max_batch_tokens: int = Field(0, ge=0)
@@ -67,6 +82,35 @@ class Settings(BaseSettings):
         return Path(self.model) if self.model else find_model(self.models_folder)
 
     @property
+    def model_names(self) -> list[str]:
+        """What the model is called in /v1. The first is its name, the others are aliases."""
+        own = "demo" if self.model == "demo" else self.model_path.resolve().name
+        return list(dict.fromkeys([*_split(self.served_model_name), own]))
+
+    @field_validator("api_key_file")
+    @classmethod
+    def _holds_keys(cls, path: Path | None) -> Path | None:
+        if path is not None and not _read_keys(path):
+            raise ValueError("no key is in it")
+        return path
+
+    @property
+    def api_keys(self) -> frozenset[str]:
+        """All keys. There is no need of one if there are none."""
+        return frozenset(_split(self.api_key.get_secret_value())) | _read_keys(self.api_key_file)
+
+    @property
+    def requests_per_key(self) -> int:
+        """The most requests that may be in flight with one key."""
+        running = self.max_queue + self.max_num_seqs
+        return self.max_per_key or (running if len(self.api_keys) == 1 else max(1, self.max_queue // 2))
+
+    @property
+    def cors_origins(self) -> list[str]:
+        """Web pages of other hosts that may use the server."""
+        return _split(self.cors_origin)
+
+    @property
     def is_public(self) -> bool:
         """Whether other machines can reach the server."""
         return self.host not in ("127.0.0.1", "::1", "localhost")
@@ -86,6 +130,36 @@ class Settings(BaseSettings):
             fault = error.errors()[0]
             name = "-".join(str(part) for part in fault["loc"]).replace("_", "-")
             parser.error(f"--{name}: {fault['msg']}, not {fault['input']!r}")
+
+
+def _split(names: str) -> list[str]:
+    return [name.strip() for name in names.split(",") if name.strip()]
+
+
+def _read_keys(path: Path | None) -> frozenset[str]:
+    if path is None:
+        return frozenset()
+    try:
+        lines = path.read_text().splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"can't be read: {error}") from error
+    return frozenset(line.strip() for line in lines if line.strip())
+
+
+def hide_key() -> None:
+    """Starts the process anew without a key among its arguments, where every user of the machine can read it,
+    but in its environment, where only its own user can."""
+    arguments, keys = [], []
+    given = iter(sys.argv)
+    for argument in given:
+        name, equals, value = argument.partition("=")
+        if name in ("--api-key", "--api_key"):
+            keys.append(value if equals else next(given, ""))
+        else:
+            arguments.append(argument)
+    if keys:
+        os.environ["LLAMA_API_KEY"] = ",".join(keys)
+        os.execv(sys.executable, [sys.executable, *arguments])
 
 
 class _Parser(argparse.ArgumentParser):

@@ -30,7 +30,7 @@ class Server:
         self.url = f"http://127.0.0.1:{self.port}"
         self._log = folder / f"server-{self.port}.log"
         command = [sys.executable, "api.py", "--model", str(model), "--device", "cpu", "--host", "127.0.0.1",
-                   "--port", str(self.port), *flags]  # fmt: skip
+                   "--port", str(self.port), "--threads", "1", *flags]  # fmt: skip
         with self._log.open("w") as log:
             self.process = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT)
         deadline = time.monotonic() + START_LIMIT

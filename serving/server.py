@@ -1,0 +1,112 @@
+"""uvicorn, where heads of requests are bounded and a signal lets those in flight finish."""
+
+import asyncio
+import logging
+import os
+import signal
+import socket
+from collections.abc import Awaitable, Callable
+from types import FrameType
+
+import uvicorn
+from starlette.types import ASGIApp
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+
+log = logging.getLogger("llama.serving")
+
+_HEAD_BYTES = 65_536
+_HEAD_SECONDS = 30.0
+_LAST_BYTES_SECONDS = 5
+"""For what is already answered to reach its readers, before the process ends."""
+
+
+class BoundedProtocol(HttpToolsProtocol):
+    """HTTP, of which a client can neither send an endless head nor take forever over it."""
+
+    _head_bytes = 0
+    _head_timer: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self._begin_head()
+
+    def on_message_begin(self) -> None:
+        super().on_message_begin()
+        self._begin_head()
+
+    def on_headers_complete(self) -> None:
+        self._end_head()
+        super().on_headers_complete()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._end_head()
+        super().connection_lost(exc)
+
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        if self._head_timer is not None:
+            self._head_bytes += len(data)
+            if self._head_bytes > _HEAD_BYTES:
+                self._refuse_head()
+
+    def _begin_head(self) -> None:
+        if self._head_timer is None:
+            self._head_bytes = 0
+            self._head_timer = self.loop.call_later(_HEAD_SECONDS, self._refuse_head)
+
+    def _end_head(self) -> None:
+        if self._head_timer is not None:
+            self._head_timer.cancel()
+            self._head_timer = None
+
+    def _refuse_head(self) -> None:
+        self._end_head()
+        if not self.transport.is_closing():
+            self.send_400_response(f"The head is larger than {_HEAD_BYTES} bytes, or took too long.")
+
+
+class Server(uvicorn.Server):
+    """Ends on a signal when those in flight have their answers; on a second one at once."""
+
+    def __init__(self, config: uvicorn.Config, drain: Callable[[], Awaitable[None]]) -> None:
+        """
+        Args:
+            drain: refuses new requests and returns when there are none in flight any more.
+        """
+        super().__init__(config)
+        self._drain = drain
+        self._draining: asyncio.Task[None] | None = None
+        self._signals = 0
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        self._signals += 1
+        if self._signals > 1 or not self.started:
+            signal.signal(sig, signal.SIG_DFL)
+            os.kill(os.getpid(), sig)
+        else:
+            self._loop.call_soon_threadsafe(self._begin_to_end)
+
+    async def serve(self, sockets: list[socket.socket] | None = None) -> None:
+        self._loop = asyncio.get_running_loop()
+        await super().serve(sockets)
+
+    def _begin_to_end(self) -> None:
+        self._draining = asyncio.ensure_future(self._end())
+
+    async def _end(self) -> None:
+        log.info("finishing what is in flight; a second signal ends at once")
+        await self._drain()
+        self.should_exit = True
+
+
+def serve(app: ASGIApp, *, host: str, port: int, drain: Callable[[], Awaitable[None]]) -> None:
+    """Serves until a signal comes and `drain` has returned."""
+    config = uvicorn.Config(
+        app,
+        host=host,
+        port=port,
+        http=BoundedProtocol,
+        access_log=False,
+        timeout_graceful_shutdown=_LAST_BYTES_SECONDS,
+    )
+    Server(config, drain).run()
