@@ -104,6 +104,8 @@ class Engine:
         self.token_bytes = TokenBytes(chat_format.tokenizer)
         self._chat_format = chat_format
         self._grammars = Grammars(chat_format.tokenizer, chat_format.stop_token_ids, vocab_size)
+        # One at a time: however many schemas come in, they take one core from the engine, not all.
+        self._compiler = ThreadPoolExecutor(1, thread_name_prefix="grammar")
         self._scheduler = scheduler
         self._runner = runner
         self._request_timeout = request_timeout
@@ -128,6 +130,7 @@ class Engine:
         self._inbox.put(None)
         await asyncio.wrap_future(self._running)
         self._thread.shutdown()
+        self._compiler.shutdown(wait=False, cancel_futures=True)
         self._fail(DrainingError("the server is shutting down"))
 
     async def drain(self, seconds: float) -> None:
@@ -205,7 +208,7 @@ class Engine:
         Raises:
             GrammarError: if the schema can't be taken.
         """
-        return await asyncio.to_thread(self._grammars.compile, schema)
+        return await asyncio.wrap_future(self._compiler.submit(self._grammars.compile, schema))
 
     async def _encode(self, encode: Callable[[], list[int]], length: int) -> list[int]:
         return encode() if length < _LONG_TEXT else await asyncio.to_thread(encode)

@@ -11,7 +11,8 @@ from pydantic import BaseModel
 
 from engine.engine import Engine
 from engine.generation import Delta, Generation, Usage
-from engine.grammar import Grammar, GrammarError
+from engine.grammar import Grammar
+from engine.json_schema import GrammarError
 from engine.sequence import FinishReason, Logprobs, TokenLogprob
 from serving import docs
 from serving.errors import ApiError, parse
@@ -128,7 +129,7 @@ def _check_limits(engine: Engine, asked: SamplingRequest, max_tokens: int) -> No
     context, vocab_size = engine.max_model_len, engine.vocab_size
     if max_tokens > context:
         raise ApiError(400, f"max_tokens: at most {context}, the context", param="max_tokens")
-    if asked.min_tokens > max_tokens:
+    if (asked.min_tokens or 0) > max_tokens:
         raise ApiError(400, f"min_tokens: at most max_tokens, {max_tokens}", param="min_tokens")
     if any(int(token_id) >= vocab_size for token_id in asked.logit_bias or ()):
         raise ApiError(400, f"logit_bias: token ids are below {vocab_size}", param="logit_bias")

@@ -4,11 +4,12 @@ A field is honoured or refused. What asks for nothing that we don't do is taken:
 we don't support, and fields that are only for the client's own books.
 """
 
+import re
 import secrets
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, Field, StringConstraints, field_validator, model_validator
+from pydantic import BaseModel, Field, StringConstraints, ValidationInfo, field_validator
 
 from engine.chat_format import Message
 from engine.sequence import FinishReason, SamplingParams
@@ -16,6 +17,8 @@ from serving.schemas import ChatUsage, Request, StopString
 
 _NEUTRAL = {"temperature": 1.0, "top_p": 1.0, "top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0}
 """Where the model's makers advise nothing else."""
+
+_TOKEN_ID = re.compile("0|[1-9][0-9]{0,8}")
 
 
 class StreamOptions(Request):
@@ -51,9 +54,9 @@ class SamplingRequest(Request):
     """Not OpenAI's: draw from tokens at least this probable, relative to the likeliest."""
     repetition_penalty: float | None = Field(None, gt=0, le=2)
     """Not OpenAI's: over 1 makes tokens of the prompt and the answer less likely."""
-    min_tokens: int = Field(0, ge=0)
+    min_tokens: int | None = Field(0, ge=0)
     """Not OpenAI's: the model can't end the answer before."""
-    ignore_eos: bool = False
+    ignore_eos: bool | None = False
     """Not OpenAI's: the model can't end the answer at all."""
 
     user: str | None = None
@@ -66,15 +69,16 @@ class SamplingRequest(Request):
     @field_validator("logit_bias")
     @classmethod
     def _keys_are_token_ids(cls, bias: dict[str, float] | None) -> dict[str, float] | None:
-        if any(not (key.isascii() and key.isdigit() and len(key) < 10) for key in bias or ()):
+        if not all(map(_TOKEN_ID.fullmatch, bias or ())):
             raise ValueError("keys must be token ids")
         return bias
 
-    @model_validator(mode="after")
-    def _stream_options_need_a_stream(self) -> "SamplingRequest":
-        if self.stream_options is not None and not self.stream:
-            raise ValueError("stream_options: only with stream")
-        return self
+    @field_validator("stream_options")
+    @classmethod
+    def _needs_a_stream(cls, options: StreamOptions | None, info: ValidationInfo) -> StreamOptions | None:
+        if options is not None and not info.data.get("stream", True):
+            raise ValueError("only with stream")
+        return options
 
     @property
     def include_usage(self) -> bool:
@@ -105,8 +109,8 @@ class SamplingRequest(Request):
             frequency_penalty=self.frequency_penalty or 0,
             seed=secrets.randbits(63) if self.seed is None else self.seed,
             stop=tuple(self.stop),
-            min_tokens=self.min_tokens,
-            ignore_eos=self.ignore_eos,
+            min_tokens=self.min_tokens or 0,
+            ignore_eos=bool(self.ignore_eos),
             logit_bias=tuple((int(token_id), bias) for token_id, bias in (self.logit_bias or {}).items()),
             logprobs=logprobs,
         )
@@ -117,6 +121,7 @@ class TextPart(Request):
 
     type: Literal["text"]
     text: str
+    prompt_cache_breakpoint: dict[str, Any] | None = None
 
 
 class InputMessage(Request):
@@ -125,7 +130,7 @@ class InputMessage(Request):
     role: Literal["system", "developer", "user", "assistant"]
     """developer is another name for system."""
     content: list[TextPart]
-    """Its parts, or one text."""
+    """Its parts, or one text; null of an assistant that has said nothing."""
     name: str | None = None
 
     # What a client sends back of an answer of ours, or of OpenAI's.
@@ -135,9 +140,11 @@ class InputMessage(Request):
     tool_calls: Annotated[list[Any], Field(max_length=0)] | None = None
     annotations: Annotated[list[Any], Field(max_length=0)] | None = None
 
-    @field_validator("content", mode="before", json_schema_input_type=str | list[TextPart])
+    @field_validator("content", mode="before", json_schema_input_type=str | list[TextPart] | None)
     @classmethod
-    def _a_text_is_a_part(cls, content: Any) -> Any:
+    def _a_text_is_a_part(cls, content: Any, info: ValidationInfo) -> Any:
+        if content is None and info.data.get("role") == "assistant":
+            return []
         return [{"type": "text", "text": content}] if isinstance(content, str) else content
 
     @property
@@ -157,20 +164,19 @@ class JsonSchema(Request):
     """The schema is followed in any case."""
 
 
-class TextFormat(Request):
-    type: Literal["text"]
+class ResponseFormat(Request):
+    """What an answer is: any text, any JSON object, or JSON by a schema."""
 
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchema | None = Field(None, validate_default=True)
+    """With the type json_schema, and no other."""
 
-class JsonObjectFormat(Request):
-    type: Literal["json_object"]
-
-
-class JsonSchemaFormat(Request):
-    type: Literal["json_schema"]
-    json_schema: JsonSchema
-
-
-ResponseFormat = Annotated[TextFormat | JsonObjectFormat | JsonSchemaFormat, Field(discriminator="type")]
+    @field_validator("json_schema")
+    @classmethod
+    def _is_there_if_asked_for(cls, schema: JsonSchema | None, info: ValidationInfo) -> JsonSchema | None:
+        if "type" in info.data and (schema is not None) != (info.data["type"] == "json_schema"):
+            raise ValueError("must be given with the type json_schema, and with no other")
+        return schema
 
 
 class ChatCompletionRequest(SamplingRequest):
@@ -191,9 +197,11 @@ class ChatCompletionRequest(SamplingRequest):
     prompt_cache_key: str | None = None
     prompt_cache_retention: str | None = None
     parallel_tool_calls: bool | None = None
+    prompt_cache_options: dict[str, Any] | None = None
     service_tier: Literal["auto", "default"] | None = None
     modalities: list[Literal["text"]] | None = None
     reasoning_effort: Literal["none"] | None = None
+    verbosity: Literal["medium"] | None = None
     tools: Annotated[list[Any], Field(max_length=0)] | None = None
     """Llama 3 8B was not trained to use tools: none can be given."""
     tool_choice: Literal["none", "auto"] | None = None
@@ -202,6 +210,7 @@ class ChatCompletionRequest(SamplingRequest):
     audio: None = None
     prediction: None = None
     web_search_options: None = None
+    moderation: None = None
 
     @field_validator("tools", "functions", mode="before")
     @classmethod
@@ -210,13 +219,22 @@ class ChatCompletionRequest(SamplingRequest):
             raise ValueError("not supported: Llama 3 8B was not trained to use tools")
         return tools
 
-    @model_validator(mode="after")
-    def _fits_together(self) -> "ChatCompletionRequest":
-        if self.top_logprobs is not None and not self.logprobs:
-            raise ValueError("top_logprobs: only with logprobs")
-        if self.wants_json and (self.min_tokens or self.ignore_eos):
-            raise ValueError("response_format: JSON ends where it is complete: no min_tokens, no ignore_eos")
-        return self
+    @field_validator("top_logprobs")
+    @classmethod
+    def _needs_logprobs(cls, count: int | None, info: ValidationInfo) -> int | None:
+        if count and not info.data.get("logprobs", True):
+            raise ValueError("only with logprobs")
+        return count
+
+    @field_validator("response_format")
+    @classmethod
+    def _ends_where_it_is_complete(
+        cls, form: ResponseFormat | None, info: ValidationInfo
+    ) -> ResponseFormat | None:
+        endless = info.data.get("min_tokens") or info.data.get("ignore_eos")
+        if form is not None and form.type != "text" and endless:
+            raise ValueError("JSON ends where it is complete: no min_tokens, no ignore_eos")
+        return form
 
     @property
     def wants_json(self) -> bool:
@@ -225,8 +243,8 @@ class ChatCompletionRequest(SamplingRequest):
     @property
     def schema_of_answer(self) -> dict[str, Any] | None:
         """None is any JSON object."""
-        form = self.response_format
-        return form.json_schema.schema_ if isinstance(form, JsonSchemaFormat) else None
+        described = self.response_format.json_schema if self.response_format else None
+        return described.schema_ if described else None
 
     @property
     def num_logprobs(self) -> int | None:
@@ -257,13 +275,19 @@ class CompletionRequest(SamplingRequest):
             raise ValueError("must be a text, a list of texts, or token ids, and not empty")
         return prompts
 
-    @model_validator(mode="after")
-    def _fits_together(self) -> "CompletionRequest":
-        if self.echo and self.logprobs is not None:
-            raise ValueError("echo: not with logprobs, as the prompt has none")
-        if self.best_of not in (None, self.n or 1):
-            raise ValueError("best_of: only as many as n")
-        return self
+    @field_validator("logprobs")
+    @classmethod
+    def _are_of_the_answer(cls, count: int | None, info: ValidationInfo) -> int | None:
+        if count is not None and info.data.get("echo"):
+            raise ValueError("not with echo, as the prompt has none")
+        return count
+
+    @field_validator("best_of")
+    @classmethod
+    def _is_what_is_asked_for(cls, best_of: int | None, info: ValidationInfo) -> int | None:
+        if best_of not in (None, info.data.get("n", best_of) or 1):
+            raise ValueError("only as many as n")
+        return best_of
 
 
 def _is_prompt(value: Any) -> bool:
@@ -289,6 +313,7 @@ class TokenLogprobs(TopLogprob):
 
 class ChoiceLogprobs(BaseModel):
     content: list[TokenLogprobs]
+    refusal: None = None
 
 
 class AnswerMessage(BaseModel):
