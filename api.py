@@ -5,6 +5,11 @@ python api.py --model demo                      serves the small one that comes 
 curl -X POST http://127.0.0.1:6006 -d '{"prompt": "你好"}'
 """
 
+from serving.settings import Settings, hide_key
+
+if __name__ == "__main__":
+    hide_key()  # before the imports below: they take seconds, in which a key could be read
+
 import asyncio
 import logging
 import os
@@ -20,20 +25,24 @@ from fastapi.responses import JSONResponse, Response
 
 from engine.engine import Engine, check, load
 from engine.generation import Delta, EngineDeadError
-from serving import chat_page, docs, errors, openai_api
+from serving import chat_page, docs, errors, logs, metrics, openai_api
 from serving.errors import ApiError, parse
 from serving.exchange import EventStream, Exchange, RequestIds, read_whole
 from serving.limits import ApiKeys, read_body
-from serving.openai_schemas import ChatCompletionRequest, CompletionRequest
+from serving.openai_schemas import ChatCompletionChunk, ChatCompletionRequest, CompletionRequest
 from serving.schemas import ChatAnswer, ChatRequest
 from serving.server import serve
-from serving.settings import Settings, hide_key
 
 log = logging.getLogger("llama")
 router = APIRouter()
 
 
-@router.post("/", response_model=ChatAnswer, responses=docs.ERRORS, openapi_extra=docs.json_body(ChatRequest))
+@router.post(
+    "/",
+    response_model=ChatAnswer,
+    responses=docs.ERRORS | docs.streams(ChatAnswer),
+    openapi_extra=docs.json_body(ChatRequest),
+)
 async def create_answer(request: Request) -> Response:
     """Answers a prompt, in one piece or, with `stream`, as server-sent events."""
     settings: Settings = request.app.state.settings
@@ -75,7 +84,7 @@ async def begin(request: Request, chat: ChatRequest) -> Exchange:
     if "max_tokens" in chat.model_fields_set and chat.max_tokens > engine.max_model_len:
         raise ApiError(422, f"max_tokens: at most {engine.max_model_len}, the context", param="max_tokens")
     generation = await engine.generate(chat.messages, chat.sampling_params)
-    return Exchange(request.state.request_id, generation, chat.prompt if settings.log_content else None)
+    return Exchange(request, generation, chat.prompt if settings.log_content else None)
 
 
 @asynccontextmanager
@@ -83,7 +92,6 @@ async def lifespan(app: FastAPI) -> AsyncIterator[None]:
     """Loads the model, serves, and stops. If the engine fails for good, the process ends."""
     settings: Settings = app.state.settings
     app.state.started = int(time.time())
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
     engine = app.state.engine = load(
         settings.model_path,
         device=settings.device,
@@ -97,6 +105,7 @@ async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         gpu_memory_utilization=settings.gpu_memory_utilization,
         request_timeout=settings.request_timeout,
     )
+    app.state.metrics = metrics.Metrics(engine)
     engine.start()
     if settings.is_public and not settings.api_keys:
         log.warning("anybody who reaches %s can use this server: it asks for no key", settings.host)
@@ -114,6 +123,7 @@ async def exit_with(engine: Engine) -> None:
 
 def build_app(settings: Settings) -> FastAPI:
     """The app. It loads nothing until it starts."""
+    logs.configure(settings.log_format)
     app = FastAPI(title="Llama-3-8B-Instruct", lifespan=lifespan)
     app.state.settings = settings
     if keys := settings.api_keys:
@@ -129,13 +139,13 @@ def build_app(settings: Settings) -> FastAPI:
     app.add_middleware(RequestIds)
     app.include_router(router)
     app.include_router(openai_api.router)
+    app.include_router(metrics.router)
     errors.install(app)
-    docs.document(app, ChatRequest, ChatCompletionRequest, CompletionRequest)
+    docs.document(app, ChatRequest, ChatCompletionRequest, ChatCompletionChunk, CompletionRequest)
     return app
 
 
 def main() -> None:
-    hide_key()
     settings = Settings.from_command_line()
     try:
         check(settings.model_path, settings.device)

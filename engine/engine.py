@@ -101,6 +101,7 @@ class Engine:
         self.failure: Exception | None = None
         """Why the engine takes no requests; None while it does."""
         self.stopped = asyncio.Event()
+        """Set when the engine has failed for good, unless the server was shutting down already."""
         self.token_bytes = TokenBytes(chat_format.tokenizer)
         self._chat_format = chat_format
         self._grammars = Grammars(chat_format.tokenizer, chat_format.stop_token_ids, vocab_size)
@@ -131,7 +132,8 @@ class Engine:
         await asyncio.wrap_future(self._running)
         self._thread.shutdown()
         self._compiler.shutdown(wait=False, cancel_futures=True)
-        self._fail(DrainingError("the server is shutting down"))
+        self.failure = self.failure or DrainingError("the server is shutting down")
+        self._fail_all(self.failure)
 
     async def drain(self, seconds: float) -> None:
         """Takes no more requests, and returns when those in flight are finished, or ended after `seconds`."""
@@ -176,6 +178,7 @@ class Engine:
             DrainingError: if the server is shutting down.
             EngineDeadError: if the engine has stopped.
         """
+        self._check_admission(n)
         length = sum(len(message["content"]) for message in messages)
         prompt = await self._encode(partial(self._chat_format.encode_dialog, messages), length)
         return self._submit([prompt], params, n, grammar)
@@ -193,10 +196,12 @@ class Engine:
         Raises:
             InvalidPromptError: if a prompt has no tokens, or ids that the model does not have.
         """
+        self._check_admission(len(prompts) * n)
+        length = sum(map(len, prompts))
         all_token_ids = []
         for prompt in prompts:
             if isinstance(prompt, str):
-                prompt = await self._encode(partial(self._chat_format.encode_text, prompt), len(prompt))
+                prompt = await self._encode(partial(self._chat_format.encode_text, prompt), length)
             if not prompt or not all(0 <= token_id < self.vocab_size for token_id in prompt):
                 raise InvalidPromptError(f"token ids must be from 0 to {self.vocab_size - 1}, at least one")
             all_token_ids.append(prompt)
@@ -216,7 +221,8 @@ class Engine:
     def _submit(
         self, prompts: list[list[int]], params: SamplingParams, n: int, grammar: Grammar | None
     ) -> Generation:
-        self._check_admission(prompts, n)
+        self._check_length(prompts)
+        self._check_admission(len(prompts) * n)  # again: others may have come while it was encoded
         sequences = [
             Sequence(
                 list(prompt),
@@ -243,20 +249,20 @@ class Engine:
             self._inbox.put(partial(self._scheduler.add, choice.sequence))
         return generation
 
-    def _check_admission(self, prompts: list[list[int]], n: int) -> None:
+    def _check_length(self, prompts: list[list[int]]) -> None:
         longest = max(map(len, prompts))
         if longest >= self.max_model_len:
             raise PromptTooLongError(
                 f"the prompt has {longest} tokens; the context is {self.max_model_len} tokens, "
                 "of which at least one is the answer's"
             )
-        if len(prompts) * n > self.max_queue:
-            raise InvalidPromptError(
-                f"{len(prompts) * n} answers are more than the {self.max_queue} that may wait"
-            )
+
+    def _check_admission(self, answers: int) -> None:
+        if answers > self.max_queue:
+            raise InvalidPromptError(f"{answers} answers are more than the {self.max_queue} that may wait")
         self.check_health()
         waiting = self._num_waiting
-        if waiting + len(prompts) * n > self.max_queue:
+        if waiting + answers > self.max_queue:
             raise QueueFullError(f"{waiting} requests wait already", retry_after=self._retry_after(waiting))
 
     @property
@@ -272,24 +278,32 @@ class Engine:
 
     def _release(self, sequence: Sequence) -> None:
         if self._generations.pop(sequence, None) is not None:
-            self._inbox.put(partial(self._scheduler.remove, sequence))
+            if not sequence.is_finished:
+                self._inbox.put(partial(self._scheduler.remove, sequence))
             self._ended.append(time.monotonic())
             if not self._generations:
+                self._ended.clear()  # the time until the next request says nothing about the rate
                 self._idle.set()
 
     def _dispatch(self, outputs: list[tuple[Sequence, Output | Exception]]) -> None:
         for sequence, output in outputs:
             if reader := self._generations.get(sequence):
                 generation, choice = reader
-                if isinstance(output, Exception):
-                    generation.fail(output)
-                else:
-                    generation.put(choice, output)
+                try:
+                    if isinstance(output, Exception):
+                        generation.fail(output)
+                    else:
+                        generation.put(choice, output)
+                except Exception as error:  # without this token the answer would be another
+                    log.error("a token could not be delivered", exc_info=True)
+                    generation.fail(GenerationError(str(error)))
 
-    def _fail(self, error: Exception) -> None:
+    def _die(self, error: EngineDeadError) -> None:
+        was_draining = self.failure is not None
         self.failure = error
         self._fail_all(error)
-        self.stopped.set()
+        if not was_draining:
+            self.stopped.set()
 
     def _fail_all(self, error: Exception) -> None:
         for generation, _ in list(self._generations.values()):
@@ -301,9 +315,9 @@ class Engine:
         try:
             while self._read_inbox():
                 self._step()
-        except Exception:
+        except BaseException:  # a panic in Rust, as of the tokenizer or of a grammar, is no Exception
             log.critical("the engine has failed", exc_info=True)
-            self._loop.call_soon_threadsafe(self._fail, EngineDeadError("the engine has failed"))
+            self._loop.call_soon_threadsafe(self._die, EngineDeadError("the engine has failed"))
 
     def _read_inbox(self) -> bool:
         """Does what the event loop asks for; sleeps while there is nothing else to do. False: stop."""

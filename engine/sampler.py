@@ -4,6 +4,7 @@ import struct
 from collections.abc import Sequence as Seq
 from hashlib import blake2b
 
+import numpy
 import torch
 from torch import Tensor
 
@@ -165,16 +166,24 @@ def _draw_truncated(logits: Tensor, uniform: Tensor, params: list[SamplingParams
     vocab_size = logits.shape[1]
     # A sum of probabilities may round to 1 before its end: where top-p is off, nothing is to be cut.
     top_p = _column([p.top_p if p.top_p < 1 else 2.0 for p in params], logits)
-    top_k = _column([min(p.top_k or vocab_size, vocab_size) for p in params], logits)
+    top_k = torch.tensor([[min(p.top_k or vocab_size, vocab_size)] for p in params], device=logits.device)
     min_p = _column([p.min_p for p in params], logits)
 
-    logits, order = logits.sort(descending=True)
+    probs = logits.softmax(-1)
+    ranked = _sort_descending(probs)
     rank = torch.arange(vocab_size, device=logits.device)
-    probs = logits.masked_fill(rank >= top_k, -torch.inf).softmax(-1)
-    likelier = probs.cumsum(-1) - probs
-    kept = (likelier < top_p) & (probs >= min_p * probs[:, :1])
-    index = _invert(probs * kept, uniform)
-    return order.gather(1, index.unsqueeze(1)).squeeze(1)
+    cumulated = ranked.cumsum(-1)
+    of_top_k = cumulated.gather(1, top_k - 1)
+    num_kept = ((rank < top_k) & (cumulated - ranked < top_p * of_top_k)).sum(-1, keepdim=True).clamp(min=1)
+    least = ranked.gather(1, num_kept - 1).maximum(min_p * ranked[:, :1])
+    return _invert(probs * (probs >= least), uniform)
+
+
+def _sort_descending(values: Tensor) -> Tensor:
+    """Sorts each row."""
+    if values.is_cuda:
+        return values.sort(descending=True).values
+    return torch.from_numpy(numpy.sort(values.numpy())).flip(-1)  # several times as fast as torch's
 
 
 def _invert(probs: Tensor, uniform: Tensor) -> Tensor:

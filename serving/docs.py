@@ -30,6 +30,64 @@ OPENAI_ERRORS = {status: error for status, error in ERRORS.items() if status != 
 }
 """Those of /v1, where OpenAI's clients expect 400 of what the schema refuses."""
 
+_DIALOG = [{"role": "system", "content": "Answer in one sentence."}, {"role": "user", "content": "你好"}]
+_FACT = {"type": "object", "properties": {"capital": {"enum": ["Paris", "Rome"]}}, "required": ["capital"]}
+_EXAMPLES: dict[str, dict[str, dict[str, Any]]] = {
+    "ChatRequest": {
+        "a question": {"prompt": "你好"},
+        "a dialog, to be answered the same each time": {
+            "prompt": "And what is your port?",
+            "history": [
+                {"role": "user", "content": "Hello!"},
+                {"role": "assistant", "content": "Hello! How can I help you?"},
+            ],
+            "temperature": 0,
+        },
+        "a stream": {"prompt": "讲个故事", "max_tokens": 64, "seed": 7, "stream": True},
+    },
+    "ChatCompletionRequest": {
+        "a dialog": {"messages": _DIALOG},
+        "a stream, and its usage": {
+            "messages": _DIALOG,
+            "max_tokens": 64,
+            "stream": True,
+            "stream_options": {"include_usage": True},
+        },
+        "two answers with the probabilities of their tokens": {
+            "messages": _DIALOG,
+            "n": 2,
+            "seed": 7,
+            "max_tokens": 8,
+            "logprobs": True,
+            "top_logprobs": 2,
+        },
+        "JSON by a schema": {
+            "messages": [{"role": "user", "content": "What is the capital of France?"}],
+            "response_format": {"type": "json_schema", "json_schema": {"name": "fact", "schema": _FACT}},
+        },
+    },
+    "CompletionRequest": {
+        "a text to go on with": {"prompt": "The capital of France is", "max_tokens": 8},
+        "several, with the texts before their ends": {
+            "prompt": ["One, two,", "一、二、"],
+            "echo": True,
+            "max_tokens": 8,
+            "stop": ["\n"],
+        },
+    },
+}
+
+
+def only(*statuses: int) -> dict[int | str, dict[str, Any]]:
+    """Of a route's `responses`: the errors that it can give, where these are few."""
+    return {status: OPENAI_ERRORS[status] for status in statuses}
+
+
+def streams(event: type[BaseModel]) -> dict[int | str, dict[str, Any]]:
+    """Of a route's `responses`: that it may answer with a stream of such events."""
+    content = {"schema": {"$ref": _REF.format(model=event.__name__)}}
+    return {200: {"content": {"text/event-stream": content}}}
+
 
 def json_body(schema: type[BaseModel]) -> dict[str, Any]:
     """A route's `openapi_extra` for a body that the route reads itself."""
@@ -38,14 +96,34 @@ def json_body(schema: type[BaseModel]) -> dict[str, Any]:
 
 
 def document(app: FastAPI, *schemas: type[BaseModel]) -> None:
-    """Adds the schemas that `json_body` refers to."""
+    """Adds the schemas that `json_body` and `streams` refer to, and examples that run as they are."""
     generate = app.openapi
 
     def openapi() -> dict[str, Any]:
-        known = generate()["components"]["schemas"]
+        described = generate()
+        known = described["components"]["schemas"]
         for schema in schemas:
-            described = schema.model_json_schema(ref_template=_REF)
-            known |= described.pop("$defs", {}) | {schema.__name__: described}
-        return generate()
+            of_schema = schema.model_json_schema(ref_template=_REF)
+            for name, part in (of_schema.pop("$defs", {}) | {schema.__name__: of_schema}).items():
+                known.setdefault(name, part)
+        for path in described["paths"].values():
+            for operation in path.values():
+                if "requestBody" in operation:
+                    _add_examples(operation["requestBody"]["content"]["application/json"], app)
+                # FastAPI's own, of a path's parameters: a name of ours is never refused by its type.
+                if operation["responses"].get("422", {}).get("description") == "Validation Error":
+                    del operation["responses"]["422"]
+        for name in ("HTTPValidationError", "ValidationError"):
+            known.pop(name, None)
+        return described
 
     app.openapi = openapi  # type: ignore[method-assign]
+
+
+def _add_examples(content: dict[str, Any], app: FastAPI) -> None:
+    name = content["schema"]["$ref"].removeprefix(_REF.format(model=""))
+    # The model is known only when it is served.
+    model = {} if name == "ChatRequest" else {"model": app.state.settings.model_names[0]}
+    content["examples"] = {
+        title: {"summary": title, "value": model | example} for title, example in _EXAMPLES[name].items()
+    }

@@ -9,6 +9,7 @@ from fastapi.responses import Response
 from pydantic import BaseModel, ValidationError
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
+from starlette.types import Receive, Scope, Send
 
 from engine.generation import (
     DeadlineError,
@@ -21,6 +22,7 @@ from engine.generation import (
     QueueFullError,
     SlowReaderError,
 )
+from serving.metrics import Metrics, Reason
 from serving.schemas import now
 
 log = logging.getLogger("llama.serving")
@@ -29,6 +31,17 @@ T = TypeVar("T", bound=BaseModel)
 
 _RETRY_AFTER = "5"
 """Seconds after which a server that was stopped may be back."""
+
+_REASONS: dict[int, Reason] = {
+    401: "key",
+    404: "not_found",
+    408: "too_slow",
+    413: "too_large",
+    429: "key_limit",
+    500: "internal",
+    504: "deadline",
+}
+"""What a status means where the error does not say more."""
 
 
 class ErrorDetail(BaseModel):
@@ -52,12 +65,23 @@ class ApiError(Exception):
     """What is wrong with a request, or with the server, as the client is told it."""
 
     def __init__(
-        self, status: int, message: str, *, param: str | None = None, headers: dict[str, str] | None = None
+        self,
+        status: int,
+        message: str,
+        *,
+        param: str | None = None,
+        headers: dict[str, str] | None = None,
+        reason: Reason | None = None,
     ) -> None:
+        """
+        Args:
+            reason: as what it is counted, if the status does not say.
+        """
         super().__init__(message)
         self.status = status
         self.param = param
         self.headers = headers
+        self.reason: Reason = reason or _REASONS.get(status, "invalid")
 
     @property
     def body(self) -> ErrorBody:
@@ -70,7 +94,22 @@ class ApiError(Exception):
 
     @property
     def response(self) -> Response:
-        return Response(self.body.model_dump_json(), self.status, self.headers, "application/json")
+        return _ErrorResponse(self)
+
+    def count(self, metrics: Metrics) -> None:
+        """Lets it be seen in the metrics."""
+        metrics.errors.labels(self.reason).inc()
+
+
+class _ErrorResponse(Response):
+    def __init__(self, error: ApiError) -> None:
+        super().__init__(error.body.model_dump_json(), error.status, error.headers, "application/json")
+        self._error = error
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["path"] != "/health":  # a probe asks again and again: one cause would count as many
+            self._error.count(scope["app"].state.metrics)
+        await super().__call__(scope, receive, send)
 
 
 def to_api_error(error: Exception, request_id: str) -> ApiError:
@@ -80,14 +119,16 @@ def to_api_error(error: Exception, request_id: str) -> ApiError:
             return error
         case HTTPException():
             return ApiError(error.status_code, error.detail, headers=dict(error.headers or {}))
-        case PromptTooLongError() | InvalidPromptError():
+        case PromptTooLongError():
+            return ApiError(400, str(error), param="prompt", reason="too_long")
+        case InvalidPromptError():
             return ApiError(400, str(error), param="prompt")
         case QueueFullError():
-            return ApiError(
-                429, f"the server is busy: {error}", headers={"Retry-After": str(error.retry_after)}
-            )
+            headers = {"Retry-After": str(error.retry_after)}
+            return ApiError(429, f"the server is busy: {error}", headers=headers, reason="queue_full")
         case EngineDeadError() | DrainingError():
-            return ApiError(503, f"{error}", headers={"Retry-After": _RETRY_AFTER})
+            reason: Reason = "draining" if isinstance(error, DrainingError) else "engine_dead"
+            return ApiError(503, str(error), headers={"Retry-After": _RETRY_AFTER}, reason=reason)
         case DeadlineError():
             return ApiError(504, str(error))
         case SlowReaderError():

@@ -2,28 +2,41 @@
 
 import asyncio
 import logging
+import re
 import secrets
 import time
 from collections import defaultdict
 from collections.abc import AsyncIterator, Callable, Iterable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Self
 
 from fastapi import Request
 from fastapi.responses import StreamingResponse
-from starlette.datastructures import MutableHeaders
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from engine.generation import Delta, Generation, Usage
 from engine.sequence import FinishReason, Logprobs
 from serving.errors import to_api_error
 from serving.limits import unless_client_leaves
+from serving.metrics import Metrics, Outcome
 
 log = logging.getLogger("llama.requests")
 
+_SANE_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
+"""What a client's id may be: nothing that would forge a line in a log."""
+
+_COUNT_SECONDS = 1.0
+"""How often tokens are counted in the metrics, so that their rate is seen while a long answer is made."""
+
 
 class RequestIds:
-    """Middleware that gives each request an id, and tells it in the header X-Request-ID."""
+    """Middleware that gives each request an id, and tells it in the header X-Request-ID.
+
+    It is the one that the client gave in this header, if that is sane.
+    """
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
@@ -32,7 +45,10 @@ class RequestIds:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        request_id = scope.setdefault("state", {})["request_id"] = secrets.token_hex(8)
+        request_id = Headers(scope=scope).get("X-Request-ID", "")
+        if not _SANE_ID.fullmatch(request_id):
+            request_id = secrets.token_hex(8)
+        scope.setdefault("state", {})["request_id"] = request_id
 
         async def send_with_id(message: Message) -> None:
             if message["type"] == "http.response.start":
@@ -45,18 +61,22 @@ class RequestIds:
 class Exchange:
     """An answer on its way to its client: iterate over it, and close it, whatever happens."""
 
-    def __init__(self, request_id: str, generation: Generation, content: str | None) -> None:
+    def __init__(self, request: Request, generation: Generation, content: str | None) -> None:
         """
         Args:
             content: the prompt, if content is to be logged.
         """
-        self.request_id = request_id
+        self.request_id: str = request.state.request_id
+        self.metrics: Metrics = request.app.state.metrics
         self._generation = generation
         self._content = content
         self._answer = ""
         self._begun = time.monotonic()
         self._first_token: float | None = None
-        self._outcome = "aborted"
+        self._last_piece: dict[int, float] = {}
+        self._counted = 0
+        self._counted_at = self._begun
+        self._outcome: Outcome = "aborted"
 
     def __aiter__(self) -> Self:
         return self
@@ -69,28 +89,66 @@ class Exchange:
         except Exception:
             self._outcome = "error"
             raise
-        if self._first_token is None:
-            self._first_token = time.monotonic()
+        self._observe(delta.choice)
         if self._content is not None:
             self._answer += delta.text
-        if delta.finish_reason is not None:
+        if delta.usage is not None and delta.finish_reason is not None:
             self._outcome = delta.finish_reason
         return delta
 
+    def _observe(self, choice: int) -> None:
+        """Times a piece of one of the answers."""
+        now = time.monotonic()
+        if self._first_token is None:
+            self._first_token = now
+            self.metrics.first_token.observe(now - self._begun)
+            self.metrics.prompt_tokens.inc(self._generation.usage.prompt_tokens)
+        elif choice in self._last_piece:
+            self.metrics.next_token.observe(now - self._last_piece[choice])
+        self._last_piece[choice] = now
+        if now - self._counted_at > _COUNT_SECONDS:
+            self._counted_at = now
+            self._count_tokens()
+
+    def _count_tokens(self) -> None:
+        num_tokens = self._generation.usage.completion_tokens
+        self.metrics.generation_tokens.inc(num_tokens - self._counted)
+        self._counted = num_tokens
+
     def close(self) -> None:
-        """Frees what the engine holds for it, and writes the log's line."""
+        """Frees what the engine holds for it, counts it, and writes the log's line."""
         self._generation.close()
         usage = self._generation.usage
         duration = time.monotonic() - self._begun
-        ttft = "-" if self._first_token is None else f"{self._first_token - self._begun:.3f}s"
+        self._count_tokens()
+        self.metrics.finished.labels(self._outcome).inc()
+        if self._outcome in ("stop", "length"):
+            self.metrics.whole_answer.observe(duration)
+            self.metrics.prompt_length.observe(usage.prompt_tokens)
+            self.metrics.answer_length.observe(usage.completion_tokens)
+        self._log(usage, duration)
+
+    def _log(self, usage: Usage, duration: float) -> None:
+        ttft = None if self._first_token is None else self._first_token - self._begun
         line = (
             f"{self.request_id} prompt_tokens={usage.prompt_tokens} "
             f"completion_tokens={usage.completion_tokens} "
-            f"ttft={ttft} duration={duration:.3f}s finish_reason={self._outcome}"
+            f"ttft={'-' if ttft is None else f'{ttft:.3f}s'} duration={duration:.3f}s "
+            f"finish_reason={self._outcome}"
         )
+        fields = {
+            "message": "request",
+            "request_id": self.request_id,
+            "prompt_tokens": usage.prompt_tokens,
+            "completion_tokens": usage.completion_tokens,
+            "ttft": None if ttft is None else round(ttft, 6),
+            "duration": round(duration, 6),
+            "finish_reason": self._outcome,
+        }
         if self._content is not None:
             line += f" prompt={self._content!r} response={self._answer!r}"
-        log.info(line)
+            fields |= {"prompt": self._content, "response": self._answer}
+        log.info(line, extra={"fields": fields})
 
 
 @dataclass
@@ -146,7 +204,8 @@ class EventStream(StreamingResponse):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
-            await unless_client_leaves(receive, self.stream_response(send))
+            with suppress(ClientDisconnect):  # an answer that has begun can't be answered with an error
+                await unless_client_leaves(receive, self.stream_response(send))
         finally:
             self._exchange.close()
 
@@ -158,4 +217,6 @@ async def _events(exchange: Exchange, to_json: Callable[[Delta], Iterable[str]])
                 yield f"data: {document}\n\n"
         yield "data: [DONE]\n\n"
     except Exception as error:  # the status is sent already: an error is the last event
-        yield f"data: {to_api_error(error, exchange.request_id).body.model_dump_json()}\n\n"
+        told = to_api_error(error, exchange.request_id)
+        told.count(exchange.metrics)
+        yield f"data: {told.body.model_dump_json()}\n\n"

@@ -53,7 +53,7 @@ class ApiKeys:
         """
         Args:
             keys: at least one.
-            max_per_key: the most requests in flight with one of them.
+            max_per_key: the most answers in flight with one of them.
         """
         self._app = app
         self._max_per_key = max_per_key
@@ -65,24 +65,50 @@ class ApiKeys:
             await self._app(scope, receive, send)
             return
         digest = _digest(_bearer(Headers(scope=scope)))
-        if refusal := self._refusal(digest):
+        places = 0
+
+        def take(answers: int) -> None:
+            nonlocal places
+            self._check_places(answers, self._in_flight[digest] - places)
+            self._in_flight[digest] += answers - places
+            places = answers
+
+        try:
+            self._check(digest)
+            take(1)
+        except ApiError as refusal:
             await refusal.response(scope, receive, send)
             return
-        self._in_flight[digest] += 1
+        scope["state"]["take_places"] = take
         try:
             await self._app(scope, receive, send)
         finally:
-            self._in_flight[digest] -= 1
+            self._in_flight[digest] -= places
 
-    def _refusal(self, digest: bytes) -> ApiError | None:
+    def _check(self, digest: bytes) -> None:
         # All are compared, in the same time: a guess learns nothing from how long its refusal takes.
         if not sum(compare_digest(digest, known) for known in self._digests):
             challenge = {"WWW-Authenticate": "Bearer"} | _CLOSE
-            return ApiError(401, "an API key is needed: Authorization: Bearer <key>", headers=challenge)
-        if self._in_flight[digest] >= self._max_per_key:
+            raise ApiError(401, "an API key is needed: Authorization: Bearer <key>", headers=challenge)
+
+    def _check_places(self, answers: int, others: int) -> None:
+        if answers > self._max_per_key:
+            raise ApiError(
+                400, f"{answers} answers are more than the {self._max_per_key} that a key may ask for"
+            )
+        if others + answers > self._max_per_key:
             headers = {"Retry-After": _ONE_AT_A_TIME} | _CLOSE
-            return ApiError(429, f"{self._max_per_key} requests with this key are in flight", headers=headers)
-        return None
+            raise ApiError(429, f"{others} requests with this key are in flight", headers=headers)
+
+
+def count_answers(request: Request, answers: int) -> None:
+    """Lets a request count, with its key, as so many: else one could take the whole queue.
+
+    Raises:
+        ApiError: 429 if the key has too many in flight, 400 if it never may have so many.
+    """
+    if take := getattr(request.state, "take_places", None):
+        take(answers)
 
 
 def _is_open(scope: Scope) -> bool:

@@ -1,6 +1,5 @@
 """/v1: what OpenAI's clients expect."""
 
-import itertools
 import time
 from collections.abc import Iterable, Iterator
 from typing import Any, TypeVar
@@ -9,15 +8,16 @@ from fastapi import APIRouter, Request
 from fastapi.responses import Response
 from pydantic import BaseModel
 
+from engine.detokenizer import Detokenizer
 from engine.engine import Engine
-from engine.generation import Delta, Generation, Usage
+from engine.generation import Delta, Generation, InvalidPromptError, PromptTooLongError, Usage
 from engine.grammar import Grammar
 from engine.json_schema import GrammarError
 from engine.sequence import FinishReason, Logprobs, TokenLogprob
 from serving import docs
 from serving.errors import ApiError, parse
 from serving.exchange import Answer, EventStream, Exchange, read_whole
-from serving.limits import read_body
+from serving.limits import count_answers, read_body
 from serving.openai_schemas import (
     AnswerMessage,
     ChatChoice,
@@ -39,7 +39,7 @@ from serving.openai_schemas import (
 from serving.schemas import ChatUsage
 from serving.settings import Settings
 
-router = APIRouter(prefix="/v1", responses=docs.OPENAI_ERRORS)
+router = APIRouter(prefix="/v1")
 
 T = TypeVar("T", bound=SamplingRequest)
 
@@ -47,14 +47,14 @@ _COMPLETION_TOKENS = 16
 """What /v1/completions makes where max_tokens is not given, as OpenAI's does."""
 
 
-@router.get("/models")
+@router.get("/models", responses=docs.only(401))
 async def list_models(request: Request) -> ModelList:
     """The model that is served, by its name and its aliases."""
     settings: Settings = request.app.state.settings
     return ModelList(data=[_model(request, name) for name in settings.model_names])
 
 
-@router.get("/models/{name:path}")
+@router.get("/models/{name:path}", responses=docs.only(401, 404))
 async def describe_model(request: Request, name: str) -> Model:
     """One model."""
     _check_model(request, name)
@@ -62,7 +62,10 @@ async def describe_model(request: Request, name: str) -> Model:
 
 
 @router.post(
-    "/chat/completions", response_model=ChatCompletion, openapi_extra=docs.json_body(ChatCompletionRequest)
+    "/chat/completions",
+    response_model=ChatCompletion,
+    responses=docs.OPENAI_ERRORS | docs.streams(ChatCompletionChunk),
+    openapi_extra=docs.json_body(ChatCompletionRequest),
 )
 async def create_chat_completion(request: Request) -> Response:
     """Answers a dialog, in one piece or, with `stream`, as server-sent events."""
@@ -73,7 +76,13 @@ async def create_chat_completion(request: Request) -> Response:
     _check_limits(engine, chat, max_tokens)
     grammar = await _grammar(engine, chat)
     messages = [message.message for message in chat.messages]
-    generation = await engine.generate(messages, params, n=chat.n or 1, grammar=grammar)
+    count_answers(request, chat.n or 1)
+    try:
+        generation = await engine.generate(messages, params, n=chat.n or 1, grammar=grammar)
+    except PromptTooLongError as error:
+        raise ApiError(400, f"messages: {error}", param="messages", reason="too_long") from None
+    except InvalidPromptError as error:
+        raise ApiError(400, f"n: {error}", param="n") from None
     exchange = _exchange(request, generation, messages[-1]["content"])
     stamp = _stamp(request, "chatcmpl", chat.model)
     if chat.stream:
@@ -91,7 +100,12 @@ async def create_chat_completion(request: Request) -> Response:
     return _json(ChatCompletion(**stamp, choices=choices, usage=ChatUsage.of(usage)))
 
 
-@router.post("/completions", response_model=Completion, openapi_extra=docs.json_body(CompletionRequest))
+@router.post(
+    "/completions",
+    response_model=Completion,
+    responses=docs.OPENAI_ERRORS | docs.streams(Completion),
+    openapi_extra=docs.json_body(CompletionRequest),
+)
 async def create_completion(request: Request) -> Response:
     """Goes on with a text, or with several, in one piece or, with `stream`, as server-sent events."""
     asked = await _read(request, CompletionRequest)
@@ -99,6 +113,7 @@ async def create_completion(request: Request) -> Response:
     max_tokens = asked.max_tokens or _COMPLETION_TOKENS
     _check_limits(engine, asked, max_tokens)
     params = asked.params(engine.sampling_defaults, max_tokens=max_tokens, logprobs=asked.logprobs)
+    count_answers(request, len(asked.prompt) * (asked.n or 1))
     generation = await engine.complete(asked.prompt, params, n=asked.n or 1)
     exchange = _exchange(request, generation, repr(asked.prompt))
     pieces = _TextPieces(engine, asked, _stamp(request, "cmpl", asked.model))
@@ -128,7 +143,9 @@ def _check_limits(engine: Engine, asked: SamplingRequest, max_tokens: int) -> No
     """Checks what only the engine can know."""
     context, vocab_size = engine.max_model_len, engine.vocab_size
     if max_tokens > context:
-        raise ApiError(400, f"max_tokens: at most {context}, the context", param="max_tokens")
+        newer = isinstance(asked, ChatCompletionRequest) and asked.max_completion_tokens
+        name = "max_completion_tokens" if newer else "max_tokens"
+        raise ApiError(400, f"{name}: at most {context}, the context", param=name)
     if (asked.min_tokens or 0) > max_tokens:
         raise ApiError(400, f"min_tokens: at most max_tokens, {max_tokens}", param="min_tokens")
     if any(int(token_id) >= vocab_size for token_id in asked.logit_bias or ()):
@@ -146,7 +163,7 @@ async def _grammar(engine: Engine, chat: ChatCompletionRequest) -> Grammar | Non
 
 def _exchange(request: Request, generation: Generation, content: str) -> Exchange:
     settings: Settings = request.app.state.settings
-    return Exchange(request.state.request_id, generation, content if settings.log_content else None)
+    return Exchange(request, generation, content if settings.log_content else None)
 
 
 def _stamp(request: Request, kind: str, model: str) -> dict[str, Any]:
@@ -220,7 +237,8 @@ class _TextPieces:
         self._asked = asked
         self._stamp = stamp
         self._offsets: dict[int, int] = {}
-        """Of the answers that have begun: characters given so far, as their tokens count them."""
+        """Of the answers that have begun: characters of their text, as far as their tokens were reported."""
+        self._detokenizers: dict[int, Detokenizer] = {}
 
     def __call__(self, delta: Delta) -> Iterator[str]:
         answer = Answer(delta.text, delta.finish_reason, list(delta.logprobs))
@@ -233,7 +251,8 @@ class _TextPieces:
         text = answer.text
         if index not in self._offsets:
             echoed = self._prompt(index) if self._asked.echo else ""
-            self._offsets[index] = len(echoed)
+            self._offsets[index] = 0
+            self._detokenizers[index] = Detokenizer(self._engine.token_bytes)
             text = echoed + text
         logprobs = self._logprobs(index, answer.logprobs) if self._asked.logprobs is not None else None
         return TextChoice(index=index, text=text, logprobs=logprobs, finish_reason=answer.finish_reason)
@@ -248,21 +267,29 @@ class _TextPieces:
 
     def _prompt(self, index: int) -> str:
         prompt = self._asked.prompt[index // (self._asked.n or 1)]
-        return prompt if isinstance(prompt, str) else self._text(prompt)
-
-    def _text(self, token_ids: Iterable[int]) -> str:
-        return b"".join(map(self._engine.token_bytes.name, token_ids)).decode(errors="replace")
+        if isinstance(prompt, str):
+            return prompt
+        return b"".join(map(self._engine.token_bytes.name, prompt)).decode(errors="replace")
 
     def _logprobs(self, index: int, logprobs: list[Logprobs]) -> TextLogprobs:
-        tokens = [self._text([place.drawn.token_id]) for place in logprobs]
-        offsets = [self._offsets[index]]
-        offsets += (offsets[0] + end for end in itertools.accumulate(map(len, tokens)))
-        self._offsets[index] = offsets.pop()
+        offsets = []
+        for place in logprobs:
+            offsets.append(self._offsets[index])
+            self._offsets[index] += len(self._detokenizers[index].feed(place.drawn.token_id))
         return TextLogprobs(
-            tokens=tokens,
+            tokens=[self._name(place.drawn.token_id) for place in logprobs],
             token_logprobs=[place.drawn.logprob for place in logprobs],
             top_logprobs=[
-                {self._text([token_id]): logprob for token_id, logprob in place.top} for place in logprobs
+                {self._name(token_id): logprob for token_id, logprob in [*place.top, place.drawn]}
+                for place in logprobs
             ],
             text_offset=offsets,
         )
+
+    def _name(self, token_id: int) -> str:
+        """A token's text; of a part of a character, which has none, its bytes as OpenAI names them."""
+        token = self._engine.token_bytes.name(token_id)
+        try:
+            return token.decode()
+        except UnicodeDecodeError:
+            return "bytes:" + "".join(f"\\x{byte:02x}" for byte in token)

@@ -1,4 +1,4 @@
-"""uvicorn, where heads of requests are bounded and a signal lets those in flight finish."""
+"""uvicorn, where heads of requests are bounded, readers too, and a signal lets those in flight finish."""
 
 import asyncio
 import logging
@@ -16,15 +16,18 @@ log = logging.getLogger("llama.serving")
 
 _HEAD_BYTES = 65_536
 _HEAD_SECONDS = 30.0
+_STALL_SECONDS = 60.0
 _LAST_BYTES_SECONDS = 5
 """For what is already answered to reach its readers, before the process ends."""
 
 
 class BoundedProtocol(HttpToolsProtocol):
-    """HTTP, of which a client can neither send an endless head nor take forever over it."""
+    """HTTP, of which a client can neither send an endless head nor take forever over it or over an answer."""
 
     _head_bytes = 0
     _head_timer: asyncio.TimerHandle | None = None
+    _in_trailers = False
+    _stall_timer: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
@@ -38,13 +41,34 @@ class BoundedProtocol(HttpToolsProtocol):
         self._end_head()
         super().on_headers_complete()
 
+    def on_chunk_header(self) -> None:
+        # Behind that of the last chunk come fields as in a head, and nobody's body.
+        self._in_trailers, self._head_bytes = True, 0
+
+    def on_body(self, body: bytes) -> None:
+        self._in_trailers = False
+        super().on_body(body)
+
+    def on_message_complete(self) -> None:
+        self._in_trailers = False
+        super().on_message_complete()
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self._stall_timer = self.loop.call_later(_STALL_SECONDS, self.transport.abort)
+
+    def resume_writing(self) -> None:
+        self._end_stall()
+        super().resume_writing()
+
     def connection_lost(self, exc: Exception | None) -> None:
         self._end_head()
+        self._end_stall()
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
         super().data_received(data)
-        if self._head_timer is not None:
+        if self._head_timer is not None or self._in_trailers:
             self._head_bytes += len(data)
             if self._head_bytes > _HEAD_BYTES:
                 self._refuse_head()
@@ -58,6 +82,11 @@ class BoundedProtocol(HttpToolsProtocol):
         if self._head_timer is not None:
             self._head_timer.cancel()
             self._head_timer = None
+
+    def _end_stall(self) -> None:
+        if self._stall_timer is not None:
+            self._stall_timer.cancel()
+            self._stall_timer = None
 
     def _refuse_head(self) -> None:
         self._end_head()
@@ -95,8 +124,10 @@ class Server(uvicorn.Server):
 
     async def _end(self) -> None:
         log.info("finishing what is in flight; a second signal ends at once")
-        await self._drain()
-        self.should_exit = True
+        try:
+            await self._drain()
+        finally:
+            self.should_exit = True
 
 
 def serve(app: ASGIApp, *, host: str, port: int, drain: Callable[[], Awaitable[None]]) -> None:
@@ -107,6 +138,7 @@ def serve(app: ASGIApp, *, host: str, port: int, drain: Callable[[], Awaitable[N
         port=port,
         http=BoundedProtocol,
         access_log=False,
+        log_config=None,
         timeout_graceful_shutdown=_LAST_BYTES_SECONDS,
     )
     Server(config, drain).run()

@@ -73,6 +73,8 @@ class Settings(BaseSettings):
     """largest request body; one beyond is refused with 413"""
     log_content: bool = False
     """log prompts and answers too"""
+    log_format: Literal["text", "json"] = "text"
+    """form of the log's lines: text for people, json for programs"""
 
     @property
     def model_path(self) -> Path:
@@ -101,7 +103,7 @@ class Settings(BaseSettings):
 
     @property
     def requests_per_key(self) -> int:
-        """The most requests that may be in flight with one key."""
+        """The most requests that may be in flight with one key; one for several answers counts as several."""
         running = self.max_queue + self.max_num_seqs
         return self.max_per_key or (running if len(self.api_keys) == 1 else max(1, self.max_queue // 2))
 
