@@ -97,15 +97,15 @@ def send(server: Server, *headers: bytes) -> list[str]:
 )
 def test_a_sane_id_is_taken_over(server: Server, request_id: str) -> None:
     assert send(server, b"X-Request-ID: " + request_id.encode()) == [request_id]
-    assert send(server, b"x-request-id:" + request_id.encode() + b" ") == [request_id]
+    assert send(server, b"x-request-id:" + request_id.encode()) == [request_id]
 
 
 @pytest.mark.parametrize(
     "request_id",
     [
-        b"", b" ", b"x" * 129, b"x" * 10_000, b"a b", b"a\tb", b"a/b", b"a;b", b"a,b", b'a"b', b"a\\nb", b"a%0ab",
-        b"${jndi:x}", b"<b>", "a\u00e9".encode(), "你好".encode(), "\uff41".encode(), "\u0661".encode(), b"\xff\xfe",
-        b"a\x85b", b"a\n b", b"a\r\n b",
+        b"", b" ", b"x" * 129, b"x" * 10_000, b"a b", b"a\tb", b"a/b", b"a;b", b"a,b", b'a"b', b"a\\nb",
+        b"a%0ab", b"${jndi:x}", b"<b>", b"a\x85b", b"\xff\xfe", b"a\n b", b"a\r\n b",
+        *map(str.encode, ("a\u00e9", "你好", "\uff41", "\u0661")),
     ],
 )  # fmt: skip
 def test_an_insane_id_is_not(server: Server, request_id: bytes) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import requests
-from prometheus_client import openmetrics
+from prometheus_client.openmetrics import parser as openmetrics
 from prometheus_client.parser import text_string_to_metric_families
 
 from tests.conftest import ROOT, Server
@@ -202,7 +202,7 @@ def test_openmetrics_is_there_for_those_who_ask_for_it(tiny: Server) -> None:
     accept = {"Accept": "application/openmetrics-text; version=1.0.0"}
     response = requests.get(f"{tiny.url}/metrics", headers=accept, timeout=30)
     assert response.headers["Content-Type"].startswith("application/openmetrics-text; version=1.0.0")
-    names = {family.name for family in openmetrics.parser.text_string_to_metric_families(response.text)}
+    names = {family.name for family in openmetrics.text_string_to_metric_families(response.text)}
     assert {"llama_up", "llama_generation_tokens", "process_resident_memory_bytes"} <= names
 
 
