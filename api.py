@@ -11,6 +11,7 @@ if __name__ == "__main__":
     hide_key()  # before the imports below: they take seconds, in which a key could be read
 
 import asyncio
+import gc
 import logging
 import os
 import signal
@@ -55,7 +56,7 @@ async def create_answer(request: Request) -> Response:
     return Response(whole.model_dump_json(), media_type="application/json")
 
 
-@router.get("/")
+@router.get("/", responses={200: {"content": {"text/html": {}}}})
 async def describe(request: Request) -> Response:
     """The chat page for browsers; for programs what this server is, and how to ask it."""
     if chat_page.is_wanted(request):
@@ -69,7 +70,7 @@ async def describe(request: Request) -> Response:
     }, headers={"Vary": "Accept"})  # fmt: skip
 
 
-@router.get("/health")
+@router.get("/health", responses={503: docs.ERRORS[503]})
 async def health(request: Request) -> JSONResponse:
     """200 while the server can answer, 503 with the reason when it can't."""
     engine: Engine = request.app.state.engine
@@ -107,6 +108,8 @@ async def lifespan(app: FastAPI) -> AsyncIterator[None]:
     )
     app.state.metrics = metrics.Metrics(engine)
     engine.start()
+    # A full collection would look through all that was made by now, and hold up everybody for half a second.
+    gc.freeze()
     if settings.is_public and not settings.api_keys:
         log.warning("anybody who reaches %s can use this server: it asks for no key", settings.host)
     watch = asyncio.create_task(exit_with(engine))
@@ -133,7 +136,7 @@ def build_app(settings: Settings) -> FastAPI:
             CORSMiddleware,
             allow_origins=origins,
             allow_methods=["GET", "POST"],
-            allow_headers=["Authorization", "Content-Type"],
+            allow_headers=["Authorization", "Content-Type", "X-Request-ID"],
             expose_headers=["X-Request-ID", "Retry-After"],
         )
     app.add_middleware(RequestIds)

@@ -13,6 +13,9 @@ from tokenizers import Tokenizer
 
 Role = Literal["system", "user", "assistant"]
 
+_LONG_TEXT = 4_096
+"""Characters from which on it matters that others can run meanwhile."""
+
 
 class Message(TypedDict):
     """One turn of a dialog."""
@@ -48,6 +51,7 @@ class ChatFormat:
         self._start_header = self._control_token("<|start_header_id|>")
         self._end_header = self._control_token("<|end_header_id|>")
         self._eot = self._control_token("<|eot_id|>")
+        self._longest_token = max(map(len, tokenizer.get_vocab()))
         # generation_config.json of the first Llama-3 releases names only one of the two.
         self.stop_token_ids = frozenset({self._end_of_text, self._eot})
 
@@ -67,8 +71,17 @@ class ChatFormat:
 
     def encode(self, text: str) -> list[int]:
         """Token ids of `text`, in which control tokens are only text."""
-        ids: list[int] = self.tokenizer.encode(text, add_special_tokens=False).ids
+        if len(text) < _LONG_TEXT:
+            encoding = self.tokenizer.encode(text, add_special_tokens=False)
+        else:  # of tokenizers' methods, only those for batches release Python's global lock
+            [encoding] = self.tokenizer.encode_batch_fast([text], add_special_tokens=False)
+        ids: list[int] = encoding.ids
         return ids
+
+    def least_tokens(self, text: str) -> int:
+        """A number of tokens that `text` has at least, known without tokenizing it: of megabytes that would
+        take seconds, and a hundred times their memory."""
+        return len(text) // self._longest_token
 
     def encode_dialog(self, messages: Seq[Message]) -> list[int]:
         """Token ids of the prompt that asks for the assistant's answer to `messages`."""

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from queue import SimpleQueue
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -42,11 +42,13 @@ from engine.sequence import BLOCK_SIZE, SamplingParams, Sequence
 
 log = logging.getLogger("llama.engine")
 
-_LONG_TEXT = 16_384
+T = TypeVar("T")
+
+_LONG_TEXT = 4_096
 """Characters from which on a prompt is tokenized off the event loop: it takes milliseconds."""
 
-_RATE_OVER = 64
-"""Answers over which the rate is taken at which they end."""
+_RATE_OVER = 1024
+"""Answers over which the rate is taken at which they end: many more than can end at once."""
 _LONGEST_RETRY = 60
 """Seconds that a refused client is asked to wait at most."""
 
@@ -113,7 +115,7 @@ class Engine:
         self._generations: dict[Sequence, tuple[Generation, Choice]] = {}
         self._idle = asyncio.Event()
         self._ended: deque[float] = deque(maxlen=_RATE_OVER)
-        """When the last answers ended."""
+        """When the last answers ended since the engine was idle, behind when the first of them began."""
         self._inbox: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
         self._thread = thread
         self._running: Future[None]
@@ -179,8 +181,9 @@ class Engine:
             EngineDeadError: if the engine has stopped.
         """
         self._check_admission(n)
-        length = sum(len(message["content"]) for message in messages)
-        prompt = await self._encode(partial(self._chat_format.encode_dialog, messages), length)
+        texts = [message["content"].strip() for message in messages]
+        self._check_length(sum(map(self._chat_format.least_tokens, texts)), "at least ")
+        prompt = await self._encode(partial(self._chat_format.encode_dialog, messages), texts)
         return self._submit([prompt], params, n, grammar)
 
     async def complete(
@@ -197,14 +200,12 @@ class Engine:
             InvalidPromptError: if a prompt has no tokens, or ids that the model does not have.
         """
         self._check_admission(len(prompts) * n)
-        length = sum(map(len, prompts))
-        all_token_ids = []
-        for prompt in prompts:
-            if isinstance(prompt, str):
-                prompt = await self._encode(partial(self._chat_format.encode_text, prompt), length)
-            if not prompt or not all(0 <= token_id < self.vocab_size for token_id in prompt):
+        texts = [prompt for prompt in prompts if isinstance(prompt, str)]
+        self._check_length(max(map(self._chat_format.least_tokens, texts), default=0), "at least ")
+        all_token_ids = await self._encode(partial(self._tokenize, prompts), texts)
+        for token_ids in all_token_ids:
+            if not token_ids or not all(0 <= token_id < self.vocab_size for token_id in token_ids):
                 raise InvalidPromptError(f"token ids must be from 0 to {self.vocab_size - 1}, at least one")
-            all_token_ids.append(prompt)
         return self._submit(all_token_ids, params, n, grammar)
 
     async def compile(self, schema: dict[str, Any] | None) -> Grammar:
@@ -215,13 +216,19 @@ class Engine:
         """
         return await asyncio.wrap_future(self._compiler.submit(self._grammars.compile, schema))
 
-    async def _encode(self, encode: Callable[[], list[int]], length: int) -> list[int]:
-        return encode() if length < _LONG_TEXT else await asyncio.to_thread(encode)
+    def _tokenize(self, prompts: list[str] | list[list[int]]) -> list[list[int]]:
+        return [
+            self._chat_format.encode_text(prompt) if isinstance(prompt, str) else prompt for prompt in prompts
+        ]
+
+    async def _encode(self, encode: Callable[[], T], texts: list[str]) -> T:
+        is_long = sum(map(len, texts)) >= _LONG_TEXT
+        return await asyncio.to_thread(encode) if is_long else encode()
 
     def _submit(
         self, prompts: list[list[int]], params: SamplingParams, n: int, grammar: Grammar | None
     ) -> Generation:
-        self._check_length(prompts)
+        self._check_length(max(map(len, prompts)))
         self._check_admission(len(prompts) * n)  # again: others may have come while it was encoded
         sequences = [
             Sequence(
@@ -244,16 +251,18 @@ class Engine:
         generation = Generation(choices, sum(map(len, prompts)), self._release)
         if self._request_timeout:
             generation.set_deadline(self._loop, self._request_timeout)
+        if not self._generations:  # time in which nobody asked says nothing about the rate
+            self._ended.clear()
+            self._ended.append(time.monotonic())
         for choice in choices:
             self._generations[choice.sequence] = generation, choice
             self._inbox.put(partial(self._scheduler.add, choice.sequence))
         return generation
 
-    def _check_length(self, prompts: list[list[int]]) -> None:
-        longest = max(map(len, prompts))
-        if longest >= self.max_model_len:
+    def _check_length(self, num_tokens: int, about: str = "") -> None:
+        if num_tokens >= self.max_model_len:
             raise PromptTooLongError(
-                f"the prompt has {longest} tokens; the context is {self.max_model_len} tokens, "
+                f"the prompt has {about}{num_tokens} tokens; the context is {self.max_model_len} tokens, "
                 "of which at least one is the answer's"
             )
 
@@ -267,13 +276,14 @@ class Engine:
 
     @property
     def _num_waiting(self) -> int:
-        return self._inbox.qsize() + len(self._scheduler.waiting)
+        # Not those in the inbox and the scheduler's queue: there are some among them whose clients have left.
+        return sum(sequence.row < 0 and not sequence.is_finished for sequence in self._generations)
 
     def _retry_after(self, waiting: int) -> int:
         """Seconds until those who wait will have been served, at the rate of late."""
         if len(self._ended) < 2:
             return 1
-        rate = len(self._ended) / max(time.monotonic() - self._ended[0], 1e-3)
+        rate = (len(self._ended) - 1) / max(time.monotonic() - self._ended[0], 1e-3)
         return min(max(1, round(waiting / rate)), _LONGEST_RETRY)
 
     def _release(self, sequence: Sequence) -> None:
@@ -282,7 +292,6 @@ class Engine:
                 self._inbox.put(partial(self._scheduler.remove, sequence))
             self._ended.append(time.monotonic())
             if not self._generations:
-                self._ended.clear()  # the time until the next request says nothing about the rate
                 self._idle.set()
 
     def _dispatch(self, outputs: list[tuple[Sequence, Output | Exception]]) -> None:

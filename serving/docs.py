@@ -15,7 +15,7 @@ ERRORS: dict[int | str, dict[str, Any]] = {
         400: "The body is not JSON, or the prompt does not fit into the context",
         401: "There is no API key, or a wrong one",
         408: "The body did not come in time, or the client did not read its answer",
-        413: "The body is too large",
+        413: "The body is too large, or has too many values",
         422: "A field is missing, unknown, of the wrong type or out of bounds",
         429: "The queue is full, or the key has too many requests in flight; see Retry-After",
         500: "The request failed in the engine",

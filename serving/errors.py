@@ -1,6 +1,7 @@
 """One error body, on every route."""
 
 import logging
+import re
 from http import HTTPStatus
 from typing import TypeVar
 
@@ -28,6 +29,10 @@ from serving.schemas import now
 log = logging.getLogger("llama.serving")
 
 T = TypeVar("T", bound=BaseModel)
+
+_MAX_VALUES = 65_536
+"""In a request's JSON: numbers, strings, lists and objects. A whole context of token ids is fewer."""
+_STRING = re.compile(rb'"(?:[^"\\]++|\\.)*+"?', re.DOTALL)
 
 _RETRY_AFTER = "5"
 """Seconds after which a server that was stopped may be back."""
@@ -139,6 +144,20 @@ def to_api_error(error: Exception, request_id: str) -> ApiError:
     return ApiError(500, f"request {request_id} failed")
 
 
+def _check_number_of_values(body: bytes) -> None:
+    # Of millions, each perhaps with a fault of its own, the refusal would hold up everybody for a minute.
+    strings_at_least = (body.count(b'"') - body.count(b'\\"')) // 2
+    if strings_at_least > _MAX_VALUES or (
+        _separators(body) > _MAX_VALUES and _separators(_STRING.sub(b"", body)) > _MAX_VALUES
+    ):
+        raise ApiError(413, f"the body has more than {_MAX_VALUES} values")
+
+
+def _separators(json: bytes) -> int:
+    """As many as there are values, but for a few, if no string is left in it."""
+    return json.count(b",") + json.count(b"[") + json.count(b"{")
+
+
 def parse(schema: type[T], body: bytes, *, refusal: int = 422) -> T:
     """Reads a request's body, whatever its Content-Type: the tutorial's curl line sends a form's.
 
@@ -146,8 +165,10 @@ def parse(schema: type[T], body: bytes, *, refusal: int = 422) -> T:
         refusal: the status of what the schema refuses.
 
     Raises:
-        ApiError: 400 if it is not JSON; `refusal`, with the field's name, if the schema refuses it.
+        ApiError: 413 if it has too many values; 400 if it is not JSON; `refusal`, with the field's name, if
+            the schema refuses it.
     """
+    _check_number_of_values(body)
     try:
         return schema.model_validate_json(body)
     except ValidationError as error:
@@ -156,7 +177,8 @@ def parse(schema: type[T], body: bytes, *, refusal: int = 422) -> T:
     if first["type"] == "json_invalid":
         raise ApiError(400, f"the body is not JSON: {first['msg'].removeprefix('Invalid JSON: ')}")
     named = [
-        (".".join(map(str, fault["loc"])), fault["msg"].removeprefix("Value error, ")) for fault in faults[:8]
+        (".".join(map(str, fault["loc"]))[:100], fault["msg"].removeprefix("Value error, "))
+        for fault in faults[:8]
     ]
     message = "; ".join(f"{name}: {text}" if name else text for name, text in named)
     raise ApiError(refusal, message, param=named[0][0] or None)

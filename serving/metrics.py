@@ -1,4 +1,4 @@
-"""What Prometheus scrapes. Names and meanings are vLLM's, with `llama_` in the place of `vllm:`."""
+"""What Prometheus scrapes. What vLLM has too has its meaning and its name, with `llama_` for `vllm:`."""
 
 from collections.abc import Iterator
 from typing import Literal, get_args

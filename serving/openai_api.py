@@ -114,7 +114,10 @@ async def create_completion(request: Request) -> Response:
     _check_limits(engine, asked, max_tokens)
     params = asked.params(engine.sampling_defaults, max_tokens=max_tokens, logprobs=asked.logprobs)
     count_answers(request, len(asked.prompt) * (asked.n or 1))
-    generation = await engine.complete(asked.prompt, params, n=asked.n or 1)
+    try:
+        generation = await engine.complete(asked.prompt, params, n=asked.n or 1)
+    except InvalidPromptError as error:
+        raise ApiError(400, f"prompt: {error}", param="prompt") from None
     exchange = _exchange(request, generation, repr(asked.prompt))
     pieces = _TextPieces(engine, asked, _stamp(request, "cmpl", asked.model))
     if asked.stream:
@@ -135,7 +138,7 @@ def _check_model(request: Request, name: str) -> None:
     settings: Settings = request.app.state.settings
     if name not in settings.model_names:
         raise ApiError(
-            404, f"model: {name!r} is not served, but {settings.model_names[0]!r} is", param="model"
+            404, f"model: {name!r:.100} is not served, but {settings.model_names[0]!r} is", param="model"
         )
 
 

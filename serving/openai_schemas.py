@@ -35,17 +35,25 @@ class SamplingRequest(Request):
     model: str
     """The name that /v1/models gives."""
     max_tokens: int | None = Field(None, ge=1)
+    """Most tokens of an answer, at most the context. Cut to what fits behind the prompt."""
     temperature: float | None = Field(None, ge=0, le=2)
+    """0 always takes the likeliest token. If not given: what the model's makers advise, as for top_p."""
     top_p: float | None = Field(None, gt=0, le=1)
+    """Draw from the likeliest tokens that together have this probability."""
     n: int | None = Field(1, ge=1, le=8)
     """Answers to each prompt; with a seed, each has its own that follows from it."""
     stop: list[StopString] = Field([], max_length=4)
+    """The answer ends before any of these; one may stand without the list."""
     seed: int | None = Field(None, ge=-(2**63), lt=2**63)
+    """The same seed and request give the same answer."""
     presence_penalty: float | None = Field(0, ge=-2, le=2)
+    """Taken from the logit of each token that the answer has."""
     frequency_penalty: float | None = Field(0, ge=-2, le=2)
+    """Taken from a token's logit each time that the answer has it."""
     logit_bias: dict[str, Annotated[float, Field(ge=-100, le=100)]] | None = Field(None, max_length=1024)
     """Token ids, and what is added to their logits."""
     stream: bool | None = False
+    """Send the answer as server-sent events, while it is made."""
     stream_options: StreamOptions | None = None
 
     top_k: int | None = Field(None, ge=-1)
@@ -129,7 +137,7 @@ class InputMessage(Request):
 
     role: Literal["system", "developer", "user", "assistant"]
     """developer is another name for system."""
-    content: list[TextPart]
+    content: list[TextPart] = Field(max_length=2048)
     """Its parts, or one text; null of an assistant that has said nothing."""
     name: str | None = None
 
@@ -188,7 +196,9 @@ class ChatCompletionRequest(SamplingRequest):
     max_completion_tokens: int | None = Field(None, ge=1)
     """The newer name of max_tokens, and what counts if both are given."""
     logprobs: bool | None = False
+    """Tell of each token how probable the model found it, before penalties, biases and temperature."""
     top_logprobs: int | None = Field(None, ge=0, le=20)
+    """And of so many of the likeliest in its place."""
     response_format: ResponseFormat | None = None
 
     metadata: dict[str, str] | None = None
@@ -262,6 +272,7 @@ class CompletionRequest(SamplingRequest):
     echo: bool | None = False
     """Begin the answer with the prompt."""
     logprobs: int | None = Field(None, ge=0, le=20)
+    """Tell of each token how probable the model found it, and so many of the likeliest in its place."""
 
     best_of: int | None = Field(None, ge=1)
     suffix: Literal[""] | None = None
@@ -355,7 +366,8 @@ class ChatCompletionChunk(BaseModel):
     created: int
     model: str
     choices: list[ChatChunkChoice]
-    usage: ChatUsage | None
+    usage: ChatUsage | None = None
+    """Of all answers, in a last event without choices, where `stream_options` ask for it."""
 
 
 class TextLogprobs(BaseModel):

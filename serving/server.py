@@ -5,6 +5,7 @@ import logging
 import os
 import signal
 import socket
+import sys
 from collections.abc import Awaitable, Callable
 from types import FrameType
 
@@ -16,6 +17,7 @@ log = logging.getLogger("llama.serving")
 
 _HEAD_BYTES = 65_536
 _HEAD_SECONDS = 30.0
+_OPEN_FILES = 65_536
 _STALL_SECONDS = 60.0
 _LAST_BYTES_SECONDS = 5
 """For what is already answered to reach its readers, before the process ends."""
@@ -130,8 +132,20 @@ class Server(uvicorn.Server):
             self.should_exit = True
 
 
+def raise_file_limit() -> None:
+    """Lets the process have as many files open as it may: each client is one, and more would be dropped."""
+    if sys.platform != "win32":
+        import resource
+
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        wanted = _OPEN_FILES if hard == resource.RLIM_INFINITY else min(hard, _OPEN_FILES)
+        if soft != resource.RLIM_INFINITY and soft < wanted:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+
+
 def serve(app: ASGIApp, *, host: str, port: int, drain: Callable[[], Awaitable[None]]) -> None:
     """Serves until a signal comes and `drain` has returned."""
+    raise_file_limit()
     config = uvicorn.Config(
         app,
         host=host,

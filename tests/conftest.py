@@ -24,12 +24,14 @@ START_LIMIT = 120.0
 class Server:
     """A running `python api.py`."""
 
+    program: tuple[str, ...] = ("api.py",)
+
     def __init__(self, model: str | Path, folder: Path, *flags: str) -> None:
         with socket.create_server(("127.0.0.1", 0)) as free:
             self.port = free.getsockname()[1]
         self.url = f"http://127.0.0.1:{self.port}"
         self._log = folder / f"server-{self.port}.log"
-        command = [sys.executable, "api.py", "--model", str(model), "--device", "cpu", "--host", "127.0.0.1",
+        command = [sys.executable, *self.program, "--model", str(model), "--device", "cpu", "--host", "127.0.0.1",
                    "--port", str(self.port), "--threads", "1", *flags]  # fmt: skip
         with self._log.open("w") as log:
             self.process = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT)

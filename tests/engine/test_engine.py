@@ -324,7 +324,8 @@ def test_a_long_prompt_does_not_hold_up_the_event_loop_nor_the_streams(tiny_mode
             # Every step in which the prompt was prefilled brought the stream a token too.
             prefill = [batch for batch in steps[begun:] if any(chunk.num_tokens > 1 for chunk in batch)]
             assert len(prefill) >= 420 // 31
-            assert all(any(chunk.sequence is stream._choices[0].sequence for chunk in batch) for batch in prefill)
+            streaming = stream._choices[0].sequence
+            assert all(any(chunk.sequence is streaming for chunk in batch) for batch in prefill)
             stream.close()
 
     run(scenario())

@@ -1,0 +1,463 @@
+"""How a server's life goes on and ends: deadlines, clients that don't read or never end, faults, signals, death."""
+
+import asyncio
+import json
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import requests
+import uvicorn
+from starlette.types import Receive, Scope, Send
+
+from serving import server as server_module
+from serving.server import BoundedProtocol
+from tests.conftest import ROOT, START_LIMIT, Server
+from tests.models import make_model
+from tests.serving.test_api import read_events, stream
+
+LIMIT = 60.0
+"""Seconds in which what should end must end."""
+
+
+@pytest.fixture(scope="session")
+def long_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Its answers take seconds, if they are let."""
+    return make_model(tmp_path_factory.mktemp("long"), context=8192)
+
+
+LONG = {"prompt": "x", "max_tokens": 8000, "temperature": 0}
+
+
+def until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + LIMIT
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def ask(url: str, **body: object) -> requests.Response:
+    return requests.post(url, json=body, timeout=LIMIT)
+
+
+def begin(url: str, executor: ThreadPoolExecutor, **body: object) -> "Future[list[Any]]":
+    """A stream whose first event has come; the future is of its other events."""
+    begun = threading.Event()
+
+    def read() -> list[Any]:
+        with requests.post(url, json=body | {"stream": True}, stream=True, timeout=LIMIT) as response:
+            events = read_events(response)
+            next(events)
+            begun.set()
+            return list(events)
+
+    future = executor.submit(read)
+    assert begun.wait(LIMIT)
+    return future
+
+
+@contextmanager
+def connected(port: int, *, receive_buffer: int = 0) -> Iterator[socket.socket]:
+    with socket.socket() as connection:
+        if receive_buffer:
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_buffer)
+        connection.settimeout(LIMIT)
+        connection.connect(("127.0.0.1", port))
+        yield connection
+
+
+def request_of(body: dict[str, object], path: str = "/") -> bytes:
+    data = json.dumps(body).encode()
+    return b"POST %b HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n%b" % (path.encode(), len(data), data)
+
+
+@contextmanager
+def stalled(server: Server, max_tokens: int) -> Iterator[socket.socket]:
+    """A stream that is not read: some KB for each token, which soon fill what the system keeps of it."""
+    body: dict[str, object] = {
+        "model": requests.get(server.url, timeout=LIMIT).json()["model"],
+        "messages": [{"role": "user", "content": "x"}], "stream": True, "temperature": 0,
+        "max_tokens": max_tokens, "logprobs": True, "top_logprobs": 20,
+    }  # fmt: skip
+    with connected(server.port, receive_buffer=4096) as connection:
+        connection.sendall(request_of(body, "/v1/chat/completions"))
+        assert connection.recv(12) == b"HTTP/1.1 200"
+        yield connection
+
+
+def read_all(connection: socket.socket) -> bytes:
+    """Until the server closes; a reset is an end too."""
+    received = b""
+    try:
+        while chunk := connection.recv(1 << 20):
+            received += chunk
+    except ConnectionResetError:
+        pass
+    return received
+
+
+# Deadlines, and clients that take what they don't use.
+
+
+def test_an_answer_that_takes_too_long_ends_with_504(
+    start_server: Callable[..., Server], long_model: Path
+) -> None:
+    server = start_server(long_model, "--request-timeout", "0.5", "--max-num-seqs", "2")
+    with ThreadPoolExecutor(8) as executor:
+        # Two run, two wait.
+        unary = [executor.submit(ask, server.url, **LONG) for _ in range(3)]
+        events = stream(server, **LONG)
+        for response in (future.result() for future in unary):
+            assert response.status_code == response.json()["status"] == 504
+            assert response.json()["error"]["message"] == "the answer took longer than 0.5 s"
+    assert events[-1]["status"] == 504
+    assert events[-1]["error"]["code"] == "gateway_timeout"
+    assert server.answers()
+
+
+@pytest.fixture(scope="module")
+def patient(start_server: Callable[..., Server], long_model: Path) -> Server:
+    """Its answers take long, and the time that it has to end is longer."""
+    return start_server(long_model, "--drain-timeout", "3600", "--max-body-bytes", "100000")
+
+
+def test_a_client_that_does_not_read_is_cut_off_and_others_are_not(patient: Server) -> None:
+    with stalled(patient, max_tokens=3000) as connection:
+        # Whoever comes later and reads gets as many tokens: after as many steps for both.
+        assert ask(patient.url, prompt="y", max_tokens=3000).json()["usage"]["completion_tokens"] == 3000
+        received = b""
+        while b'"error"' not in received[-2000:]:
+            received += connection.recv(1 << 20)
+        last = json.loads(received.split(b"data: ")[-1].split(b"\n")[0])
+        assert last["status"] == 408
+        assert "were not read" in last["error"]["message"]
+    assert "Traceback" not in patient.log
+
+
+def test_a_client_that_leaves_a_stream_leaves_no_error_in_the_log(patient: Server) -> None:
+    for _ in range(3):
+        with requests.post(patient.url, json=LONG | {"stream": True}, stream=True, timeout=LIMIT) as response:
+            next(read_events(response))
+    until(lambda: patient.log.count("finish_reason=aborted") >= 3)
+    assert "Traceback" not in patient.log
+
+
+@pytest.mark.parametrize(
+    "beginning",
+    [
+        b"GET / HTTP/1.1\r\n",
+        b"GET / HTTP/1.1\r\nx: ",
+        b"GET /",
+        # Behind a body come fields too.
+        b"GET /health HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n",
+        b"GET /health HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n0\r\nx: ",
+        b"POST / HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n2\r\n{}\r\n0\r\n",
+    ],
+)
+def test_a_head_without_an_end_is_refused(patient: Server, beginning: bytes) -> None:
+    piece = b"y" * 1000 if beginning.endswith((b": ", b"/")) else b"y: " + b"z" * 1000 + b"\r\n"
+    with connected(patient.port) as connection:
+        connection.sendall(beginning)
+        sent = 0
+        try:
+            while sent < 50_000_000:
+                connection.sendall(piece)
+                sent += len(piece)
+        except (ConnectionResetError, BrokenPipeError):
+            pass
+        # What the system keeps for a connection comes on top of the limit.
+        assert sent < 50_000_000
+    assert patient.answers()
+
+
+def test_a_head_that_is_large_and_ends_is_taken(patient: Server) -> None:
+    headers = {f"x-{n}": "y" * 1000 for n in range(40)}
+    assert requests.post(
+        patient.url, json={"prompt": "x", "max_tokens": 1}, headers=headers, timeout=LIMIT
+    ).ok
+
+
+def test_a_body_in_many_small_chunks_is_taken(patient: Server) -> None:
+    body = json.dumps({"prompt": "x" * 50, "max_tokens": 1} | {"stop": ["y" * 60] * 4}).encode()
+    body += b" " * 20_000
+    pieces = (body[i : i + 1] for i in range(len(body)))
+    assert requests.post(patient.url, data=pieces, timeout=LIMIT).status_code == 200
+
+
+@contextmanager
+def bounded() -> Iterator[int]:
+    """The port of a server with our protocol, and an app that sends without an end."""
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        while not done.is_set():
+            await send({"type": "http.response.body", "body": b"x" * 10_000, "more_body": True})
+            await asyncio.sleep(0)
+
+    done = threading.Event()
+    running = uvicorn.Server(
+        uvicorn.Config(
+            app, port=0, http=BoundedProtocol, lifespan="off", log_config=None, timeout_graceful_shutdown=1
+        )
+    )
+    thread = threading.Thread(target=running.run)
+    thread.start()
+    try:
+        while not running.started:
+            time.sleep(0.01)
+        yield running.servers[0].sockets[0].getsockname()[1]
+    finally:
+        done.set()
+        running.should_exit = True
+        thread.join(LIMIT)
+        assert not thread.is_alive()
+
+
+def test_who_stalls_is_disconnected(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(server_module, "_HEAD_SECONDS", 0.3)
+    monkeypatch.setattr(server_module, "_STALL_SECONDS", 0.3)
+    with bounded() as port:
+        for beginning in (b"", b"GET / HTTP/1.1\r\nHost:"):
+            with connected(port) as connection:
+                connection.sendall(beginning)
+                assert read_all(connection).startswith(b"HTTP/1.1 400")
+        with connected(port) as connection:
+            connection.sendall(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n")
+            received = 0
+            begun = time.monotonic()
+            while time.monotonic() < begun + 1:  # who reads is served, for longer than the limit
+                received += len(connection.recv(1 << 20))
+            assert received
+            time.sleep(1)
+            read_all(connection)  # has an end
+
+
+# Faults, and the engine's death.
+
+FAULTY = """
+import pathlib, sys, api
+from engine.chat_format import ChatFormat
+from engine.detokenizer import Detokenizer
+from engine.model_runner import ModelRunner
+
+encode, feed, run = ChatFormat.encode_dialog, Detokenizer.feed, ModelRunner.run
+lost = False
+def faulty_encode(self, messages):
+    if "format" in messages[-1]["content"]:
+        raise RuntimeError("the secret cause")
+    return encode(self, messages)
+def faulty_feed(self, token_id):
+    if "detokenize" in self._stop:
+        raise RuntimeError("the secret cause")
+    return feed(self, token_id)
+def faulty_run(self, batch):
+    global lost
+    seeds = [chunk.sequence.params.seed for chunk in batch]
+    lost = pathlib.Path(LOST).exists()
+    if lost or 13 in seeds:
+        raise RuntimeError("the secret cause")
+    return run(self, batch)
+def check_device(self):
+    if lost:
+        raise RuntimeError("the secret cause")
+ChatFormat.encode_dialog, Detokenizer.feed = faulty_encode, faulty_feed
+ModelRunner.run, ModelRunner.check_device = faulty_run, check_device
+sys.argv[0] = "api.py"
+api.main()
+"""
+
+
+FAULTS = [{"prompt": "format"}, {"prompt": "x", "stop": "detokenize"}, {"prompt": "x", "seed": 13}]
+
+
+@pytest.fixture
+def faulty(long_model: Path, tmp_path: Path) -> Iterator[Server]:
+    """The real one, in which prompts, stop strings and seeds cause faults, and a file the loss of the device."""
+
+    class FaultyServer(Server):
+        program = ("-c", f"LOST = {str(tmp_path / 'lost')!r}\n{FAULTY}")
+
+    server = FaultyServer(long_model, tmp_path, "--drain-timeout", "3600")
+    yield server
+    server.stop()
+
+
+def check_told(response: requests.Response, status: int) -> None:
+    assert response.status_code == response.json()["status"] == status
+    assert "secret" not in response.text
+    if status == 500:
+        assert response.headers["X-Request-ID"] in response.json()["error"]["message"]
+    else:
+        assert int(response.headers["Retry-After"]) >= 1
+
+
+def test_a_fault_is_told_with_its_id_and_a_dead_engine_ends_the_process_as_failed(
+    faulty: Server, tmp_path: Path
+) -> None:
+    whole = ask(faulty.url, prompt="y", temperature=0, max_tokens=20).json()["response"]
+    for body in FAULTS:
+        check_told(ask(faulty.url, **body), 500)
+        assert body.get("prompt") == "format" or "secret" not in str(stream(faulty, **body))
+    for body in FAULTS[1:]:
+        last = stream(faulty, **body)[-1]
+        assert last["status"] == 500
+        assert re.search(r"request [0-9a-f]{16} failed", last["error"]["message"])
+    assert ask(faulty.url, prompt="y", temperature=0, max_tokens=20).json()["response"] == whole
+    assert "the secret cause" in faulty.log  # whoever runs the server wants to know
+
+    with ThreadPoolExecutor(8) as executor:
+        streams = [begin(faulty.url, executor, **LONG) for _ in range(2)]
+        unary = [executor.submit(ask, faulty.url, **LONG) for _ in range(3)]
+        (tmp_path / "lost").touch()
+        for future in unary:
+            check_told(future.result(), 503)
+        for events in (future.result() for future in streams):
+            assert events[-1]["status"] == 503
+            assert "secret" not in str(events[-1])
+    assert faulty.process.wait(LIMIT) == 1
+
+
+def test_an_engine_that_dies_while_it_drains_tells_everybody(faulty: Server, tmp_path: Path) -> None:
+    with ThreadPoolExecutor(8) as executor:
+        events = begin(faulty.url, executor, **LONG)
+        unary = executor.submit(ask, faulty.url, **LONG)
+        faulty.process.send_signal(signal.SIGTERM)
+        until(lambda: not faulty.answers())
+        assert faulty.process.poll() is None
+        (tmp_path / "lost").touch()
+        check_told(unary.result(), 503)
+        assert events.result()[-1]["status"] == 503
+    assert faulty.process.wait(LIMIT) == 1
+
+
+# Signals.
+
+
+def test_a_signal_under_load_loses_no_request_that_was_taken(
+    start_server: Callable[..., Server], tiny_model: Path
+) -> None:
+    clients = 40
+    server = start_server(tiny_model, "--max-num-seqs", "16", "--drain-timeout", "3600")
+    bodies = [
+        {"prompt": f"{n}", "temperature": 0, "max_tokens": 20 + 10 * n % 200, "stream": n % 2 == 0}
+        for n in range(clients)
+    ]
+
+    def answer(body: dict[str, Any]) -> tuple[int, str]:
+        """The status and the text; of a stream, the status that it ended with."""
+        with requests.post(server.url, json=body, stream=True, timeout=LIMIT) as response:
+            if response.status_code != 200:
+                assert int(response.headers["Retry-After"]) >= 1
+                assert response.json()["status"] == response.status_code
+                return response.status_code, ""
+            if not body["stream"]:
+                return 200, response.json()["response"]
+            *pieces, done = read_events(response)
+            assert done == "[DONE]"
+            return 200, "".join(piece["response"] for piece in pieces)
+
+    alone = [answer(body) for body in bodies]
+    assert {status for status, _ in alone} == {200}
+    stopping = threading.Event()
+    answered = [0] * clients
+    refused = [0] * clients
+
+    def client(number: int) -> None:
+        """Asks again and again, until the server takes no more."""
+        while True:
+            begun_before = not stopping.is_set()
+            try:
+                told = answer(bodies[number])
+            except requests.ConnectionError:
+                assert not begun_before or stopping.is_set()
+                return
+            if told[0] == 503:
+                assert stopping.is_set()
+                refused[number] += 1
+                time.sleep(0.02)
+            else:
+                assert told == alone[number]
+                answered[number] += 1
+
+    with ThreadPoolExecutor(clients) as executor:
+        futures = [executor.submit(client, number) for number in range(clients)]
+        while sum(answered) < 2 * clients:
+            assert not any(future.done() for future in futures), [f.result() for f in futures if f.done()]
+            time.sleep(0.01)
+        stopping.set()
+        server.process.send_signal(signal.SIGTERM)
+        wait(futures, LIMIT)
+        for future in futures:
+            future.result()
+    assert server.process.wait(LIMIT) == 0
+    assert sum(refused) > 0
+    assert "Traceback" not in server.log
+    # Each that got past admission has its line, and a whole answer.
+    lines = re.findall(r"finish_reason=(\w+)", server.log)
+    assert set(lines) <= {"stop", "length"}
+    assert len(lines) == len(alone) + sum(answered)
+
+
+def test_what_is_not_finished_in_the_time_for_it_is_told(
+    start_server: Callable[..., Server], long_model: Path
+) -> None:
+    server = start_server(long_model, "--drain-timeout", "1", "--max-num-seqs", "4")
+    with ThreadPoolExecutor(8) as executor, stalled(server, max_tokens=8000):
+        streams = [begin(server.url, executor, **LONG) for _ in range(2)]
+        unary = [executor.submit(ask, server.url, **LONG) for _ in range(4)]  # some of them wait
+        server.process.send_signal(signal.SIGINT)
+        until(lambda: not server.answers())
+        health = requests.get(f"{server.url}/health", timeout=LIMIT)
+        assert health.json()["error"]["message"] == "the server is shutting down"
+        for refused in (health, ask(server.url, prompt="x"), ask(server.url, prompt="x", stream=True)):
+            check_told(refused, 503)
+        for future in unary:
+            check_told(future.result(), 503)
+        for events in (future.result() for future in streams):
+            assert events[-1]["status"] == 503
+            assert events[-1]["error"]["message"] == "the server is shutting down"
+        assert server.process.wait(LIMIT) == 0
+    assert "Traceback" not in server.log
+
+
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_during_the_start_ends_it_at_once(
+    long_model: Path, tmp_path: Path, sent: signal.Signals
+) -> None:
+    log = tmp_path / "log"
+    command = [sys.executable, "api.py", "--model", str(long_model), "--device", "cpu", "--port", "0"]
+    with log.open("w") as output:
+        process = subprocess.Popen(command, cwd=ROOT, stdout=output, stderr=output)
+    try:
+        deadline = time.monotonic() + START_LIMIT
+        while "Waiting for application startup" not in log.read_text():
+            assert time.monotonic() < deadline
+            assert process.poll() is None
+        process.send_signal(sent)
+        assert process.wait(LIMIT) != 0
+    finally:
+        process.kill()
+    assert "Traceback" not in log.read_text()
+
+
+# Last, as it ends the server that the tests above share.
+def test_a_second_signal_ends_at_once(patient: Server) -> None:
+    with ThreadPoolExecutor(8) as executor:
+        events = begin(patient.url, executor, **LONG)
+        patient.process.send_signal(signal.SIGINT)
+        until(lambda: not patient.answers())
+        assert patient.process.poll() is None
+        patient.process.send_signal(signal.SIGTERM)
+        assert patient.process.wait(LIMIT) != 0
+        with pytest.raises(requests.ConnectionError):
+            events.result()
