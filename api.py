@@ -127,7 +127,7 @@ async def exit_with(engine: Engine) -> None:
 def build_app(settings: Settings) -> FastAPI:
     """The app. It loads nothing until it starts."""
     logs.configure(settings.log_format)
-    app = FastAPI(title="Llama-3-8B-Instruct", lifespan=lifespan)
+    app = FastAPI(title="Llama-3-8B-Instruct", version="1.0.0", lifespan=lifespan)
     app.state.settings = settings
     if keys := settings.api_keys:
         app.add_middleware(ApiKeys, keys=keys, max_per_key=settings.requests_per_key)
@@ -136,7 +136,7 @@ def build_app(settings: Settings) -> FastAPI:
             CORSMiddleware,
             allow_origins=origins,
             allow_methods=["GET", "POST"],
-            allow_headers=["Authorization", "Content-Type", "X-Request-ID"],
+            allow_headers=["*"],
             expose_headers=["X-Request-ID", "Retry-After"],
         )
     app.add_middleware(RequestIds)

@@ -31,7 +31,12 @@ OPENAI_ERRORS = {status: error for status, error in ERRORS.items() if status != 
 """Those of /v1, where OpenAI's clients expect 400 of what the schema refuses."""
 
 _DIALOG = [{"role": "system", "content": "Answer in one sentence."}, {"role": "user", "content": "你好"}]
-_FACT = {"type": "object", "properties": {"capital": {"enum": ["Paris", "Rome"]}}, "required": ["capital"]}
+_FACT = {
+    "type": "object",
+    "properties": {"capital": {"enum": ["Paris", "Rome"]}},
+    "required": ["capital"],
+    "additionalProperties": False,
+}
 _EXAMPLES: dict[str, dict[str, dict[str, Any]]] = {
     "ChatRequest": {
         "a question": {"prompt": "你好"},

@@ -93,7 +93,10 @@ class ApiError(Exception):
         kind = {401: "authentication_error", 429: "rate_limit_error"}.get(
             self.status, "server_error" if self.status >= 500 else "invalid_request_error"
         )
-        code = HTTPStatus(self.status).name.lower()
+        # OpenAI's name of it, by which its clients tell it from other bad requests.
+        code = (
+            "context_length_exceeded" if self.reason == "too_long" else HTTPStatus(self.status).name.lower()
+        )
         detail = ErrorDetail(message=str(self), type=kind, param=self.param, code=code)
         return ErrorBody(error=detail, status=self.status, time=now())
 
@@ -190,7 +193,10 @@ async def _client_left(request: Request, error: Exception) -> Response:
 
 
 async def _answer(request: Request, error: Exception) -> Response:
-    return to_api_error(error, request.state.request_id).response
+    response = to_api_error(error, request.state.request_id).response
+    # One that nobody expected is answered outside of the middleware that does this.
+    response.headers["X-Request-ID"] = request.state.request_id
+    return response
 
 
 def install(app: FastAPI) -> None:

@@ -130,6 +130,11 @@ class Server(uvicorn.Server):
             await self._drain()
         finally:
             self.should_exit = True
+            self._loop.call_later(_LAST_BYTES_SECONDS, self._disconnect)
+
+    def _disconnect(self) -> None:
+        for connection in list(self.server_state.connections):
+            connection.transport.abort()
 
 
 def raise_file_limit() -> None:
@@ -153,6 +158,6 @@ def serve(app: ASGIApp, *, host: str, port: int, drain: Callable[[], Awaitable[N
         http=BoundedProtocol,
         access_log=False,
         log_config=None,
-        timeout_graceful_shutdown=_LAST_BYTES_SECONDS,
+        timeout_graceful_shutdown=2 * _LAST_BYTES_SECONDS,
     )
     Server(config, drain).run()

@@ -31,8 +31,8 @@ class Server:
             self.port = free.getsockname()[1]
         self.url = f"http://127.0.0.1:{self.port}"
         self._log = folder / f"server-{self.port}.log"
-        command = [sys.executable, *self.program, "--model", str(model), "--device", "cpu", "--host", "127.0.0.1",
-                   "--port", str(self.port), "--threads", "1", *flags]  # fmt: skip
+        command = [sys.executable, *self.program, "--model", str(model), "--device", "cpu",
+                   "--host", "127.0.0.1", "--port", str(self.port), "--threads", "1", *flags]  # fmt: skip
         with self._log.open("w") as log:
             self.process = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT)
         deadline = time.monotonic() + START_LIMIT

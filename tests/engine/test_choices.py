@@ -3,7 +3,9 @@
 import asyncio
 import itertools
 import json
+import threading
 from collections.abc import Iterator
+from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +17,7 @@ from tokenizers import Tokenizer
 from transformers import LlamaForCausalLM
 
 from engine.engine import Engine
-from engine.generation import Delta, Generation, GenerationError
+from engine.generation import Delta, Generation, GenerationError, QueueFullError
 from engine.grammar import Grammar, GrammarError
 from engine.scheduler import Chunk
 from engine.sequence import BLOCK_SIZE, Logprobs, SamplingParams, Sequence
@@ -53,6 +55,17 @@ async def ask(engine: Engine, content: str, params: SamplingParams, **options: A
 
 def logprobs(deltas: list[Delta]) -> list[Logprobs]:
     return [place for delta in deltas for place in delta.logprobs]
+
+
+@contextmanager
+def held(engine: Engine) -> Iterator[None]:
+    """Whatever is asked of the engine meanwhile arrives at once, when it ends."""
+    gate = threading.Event()
+    engine._inbox.put(gate.wait)  # type: ignore[arg-type]
+    try:
+        yield
+    finally:
+        gate.set()
 
 
 @contextmanager
@@ -130,19 +143,24 @@ def test_n_answers_share_the_prompt_which_is_computed_once(tiny_model: Path) -> 
     async def scenario() -> None:
         async with running(tiny_model) as engine:
             tables: list[list[int]] = []
+            run_step = engine._runner.run
+
+            def looking(batch: list[Chunk]) -> list[int | None]:
+                if len(batch) == 8:
+                    tables[:] = [list(chunk.sequence.block_table) for chunk in batch]
+                return run_step(batch)
+
+            engine._runner.run = looking  # type: ignore[method-assign]
             with recorded(engine) as steps:
                 generation = await engine.generate(user("x" * 150), params, n=8)
-                sequences = [choice.sequence for choice in generation._choices]
-                async for _ in generation:
-                    if not tables and all(sequence.num_output_tokens for sequence in sequences):
-                        tables = [list(sequence.block_table) for sequence in sequences]
-                generation.close()
-            length = sequences[0].num_prompt_tokens
+                await read(generation)
+            length = generation._choices[0].sequence.num_prompt_tokens
             shared = (length - 1) // BLOCK_SIZE
             assert shared >= 10
             decoded = 8 * (params.max_tokens - 1)
             assert num_computed(steps) == length + 7 * (length - shared * BLOCK_SIZE) + decoded
-            assert all(table[:shared] == tables[0][:shared] for table in tables if table)
+            assert len(tables) == 8
+            assert all(table[:shared] == tables[0][:shared] for table in tables)
             own = [block for table in tables for block in table[shared:]]
             assert len(own) == len(set(own))
             await until(lambda: all_blocks_are_back(engine))
@@ -158,7 +176,9 @@ def test_prompts_that_arrive_together_have_their_common_beginning_computed_once(
             alone = [(await ask(engine, f"{beginning} {i}", params))[0] for i in range(6)]
         async with running(tiny_model) as engine:
             with recorded(engine) as steps:
-                together = await asyncio.gather(*(ask(engine, f"{beginning} {i}", params) for i in range(6)))
+                with held(engine):
+                    generations = [await engine.generate(user(f"{beginning} {i}"), params) for i in range(6)]
+                together = await asyncio.gather(*map(read, generations))
             # The bytes of the chat format before the content, and the content's beginning.
             shared = (1 + 6 + len(beginning)) // BLOCK_SIZE * BLOCK_SIZE
             lengths = [answer[-1].usage.prompt_tokens for answer in alone if answer[-1].usage]
@@ -176,15 +196,21 @@ def test_who_waits_for_a_beginning_that_is_coming_takes_over_when_its_first_read
         async with running(tiny_model, max_batch_tokens=32, max_num_seqs=8) as engine:
             [expected] = await ask(engine, "y" * 300, PLAIN)
         async with running(tiny_model, max_batch_tokens=32, max_num_seqs=8) as engine:
-            with recorded(engine) as steps:
-                first = await engine.generate(user("y" * 300), PLAIN)
-                followers = [asyncio.create_task(ask(engine, "y" * 300, PLAIN)) for _ in range(3)]
-                await until(lambda: len(steps) >= 3)
-                first.close()
-                assert first._choices[0].sequence.num_output_tokens == 0
-                for follower in followers:
-                    [answer] = await follower
-                    assert text(answer) == text(expected)
+            run_step, steps = engine._runner.run, itertools.count(1)
+
+            def leaving(batch: list[Chunk]) -> list[int | None]:
+                if next(steps) == 3:
+                    left: Future[None] = Future()
+                    engine._loop.call_soon_threadsafe(lambda: left.set_result(first.close()))
+                    left.result()
+                return run_step(batch)
+
+            engine._runner.run = leaving  # type: ignore[method-assign]
+            with held(engine):
+                first, *others = [await engine.generate(user("y" * 300), PLAIN) for _ in range(4)]
+            for [answer] in await asyncio.gather(*map(read, others)):
+                assert text(answer) == text(expected)
+            assert first._choices[0].sequence.num_output_tokens == 0
             await until(lambda: all_blocks_are_back(engine))
 
     run(scenario())
@@ -196,8 +222,9 @@ def test_a_prompt_behind_those_that_wait_for_a_beginning_waits_no_longer_than_it
     async def scenario() -> None:
         async with running(tiny_model, max_batch_tokens=32, max_num_seqs=16) as engine:
             with recorded(engine) as steps:
-                alike = [await engine.generate(user("z" * 400), PLAIN) for _ in range(6)]
-                other = await engine.generate(user("other"), replace(PLAIN, max_tokens=2))
+                with held(engine):
+                    alike = [await engine.generate(user("z" * 400), PLAIN) for _ in range(6)]
+                    other = await engine.generate(user("other"), replace(PLAIN, max_tokens=2))
                 await asyncio.gather(*map(read, [*alike, other]))
             first, last = alike[0]._choices[0].sequence, other._choices[0].sequence
             prefill = -(-first.num_prompt_tokens // 32)
@@ -223,13 +250,31 @@ def test_many_with_few_beginnings_in_a_small_cache_all_get_their_answers_and_all
         async with running(
             tiny_model, kv_cache_tokens=400, max_num_seqs=16, max_batch_tokens=48, max_queue=100
         ) as engine:
-            answers = await asyncio.gather(
-                *(ask(engine, content, of(i), n=1 + i % 3) for i, content in enumerate(contents))
-            )
+            with held(engine):
+                generations = [
+                    await engine.generate(user(content), of(i), n=1 + i % 3)
+                    for i, content in enumerate(contents)
+                ]
+            answers = await asyncio.gather(*map(read, generations))
             assert [text(answer[0]) for answer in answers] == [text(answer) for answer in alone]
             assert engine.stats.preemptions > 0
             await until(lambda: all_blocks_are_back(engine))
             assert engine._generations == {}
+
+    run(scenario())
+
+
+def test_a_client_that_has_left_does_not_wait(tiny_model: Path) -> None:
+    async def scenario() -> None:
+        async with running(tiny_model, max_queue=4) as engine:
+            with held(engine):
+                for _ in range(10):
+                    (await engine.generate(user("?"), PLAIN, n=4)).close()
+                stays = await engine.generate(user("?"), PLAIN, n=4)
+                with pytest.raises(QueueFullError, match="4 requests wait"):
+                    await engine.generate(user("?"), PLAIN)
+            assert len(await read(stays)) == 4
+            await until(lambda: all_blocks_are_back(engine))
 
     run(scenario())
 

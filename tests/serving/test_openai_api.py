@@ -4,9 +4,6 @@ import asyncio
 import codecs
 import json
 import re
-import subprocess
-import sys
-import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -27,7 +24,7 @@ from pydantic import BaseModel
 from tokenizers import Tokenizer
 
 from serving.settings import DEMO_MODEL
-from tests.conftest import ROOT, Server
+from tests.conftest import Server
 
 CHAT, TEXT = "/chat/completions", "/completions"
 BODIES: dict[str, dict[str, Any]] = {
@@ -869,16 +866,19 @@ def test_a_key_that_is_wrong_and_a_queue_that_is_full(
             create(client, CHAT, n=2)
         assert caught.value.param == "n"
         # The client waits as it is told, and asks again.
-        patient = client.with_options(max_retries=5)
-        with create(client, CHAT, max_tokens=100, stream=True), create(client, CHAT, stream=True):
+        patient = client.with_options(max_retries=10)
+        with create(patient, CHAT, max_tokens=100, stream=True), create(patient, CHAT, stream=True):
             assert texts(create(patient, CHAT))
 
 
-# The real app and engine, in which every step fails that has a request with the seed 13 and six tokens.
-FAILING = """
-import sys, uvicorn, api
+class FailingServer(Server):
+    """The real one, in which each step fails that has a request with the seed 13 and six tokens."""
+
+    program = (
+        "-c",
+        """
+import api
 from engine.model_runner import ModelRunner
-from serving.settings import Settings
 
 run = ModelRunner.run
 def failing(self, batch):
@@ -886,25 +886,17 @@ def failing(self, batch):
         raise RuntimeError("an internal secret")
     return run(self, batch)
 ModelRunner.run = failing
-settings = Settings.from_command_line(sys.argv[1:])
-uvicorn.run(api.build_app(settings), host="127.0.0.1", port=0)
-"""
+api.main()
+""",
+    )
 
 
 def test_a_failure_in_the_engine_is_an_internal_server_error(
     tiny_model: Path, tmp_path: Path, documented: Any
 ) -> None:
-    log = tmp_path / "log"
-    with log.open("w") as output:
-        process = subprocess.Popen(
-            [sys.executable, "-c", FAILING, "--model", str(tiny_model), "--served-model-name", "tiny",
-             "--device", "cpu", "--threads", "1"], cwd=ROOT, stdout=output, stderr=output
-        )  # fmt: skip
+    server = FailingServer(tiny_model, tmp_path, "--served-model-name", "tiny")
     try:
-        while not (match := re.search(r"running on (http://127\.0\.0\.1:\d+)", log.read_text())):
-            assert process.poll() is None, log.read_text()
-            time.sleep(0.1)
-        with OpenAI(base_url=f"{match[1]}/v1", api_key="any", max_retries=0) as client:
+        with client_of(server) as client:
             for route in ROUTES:
                 fields = {"seed": 13, "max_tokens": 20}
                 with pytest.raises(openai.InternalServerError, match=r"request \w+ failed") as failed:
@@ -919,8 +911,7 @@ def test_a_failure_in_the_engine_is_an_internal_server_error(
                 assert "secret" not in str(broken.value.body)
                 assert len(texts(create(client, route, **{**fields, "seed": 14}))) == 1
     finally:
-        process.kill()
-        process.wait()
+        server.stop()
 
 
 # /docs
