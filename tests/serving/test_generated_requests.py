@@ -199,8 +199,10 @@ def test_5000_requests_are_answered_as_documented_and_do_not_disturb_a_stream_be
     alone = stream()
     with ThreadPoolExecutor(1) as neighbour, ThreadPoolExecutor(CLIENTS) as clients:
         beside = neighbour.submit(stream_on_and_on)
-        answers = list(clients.map(lambda asked: ask(server, session, asked), requests_to_send))
-        done.set()
+        try:
+            answers = list(clients.map(lambda asked: ask(server, session, asked), requests_to_send))
+        finally:
+            done.set()
     statuses = Counter(response.status_code for _, _, response in answers)
     print(f"{len(answers)} generated requests: {statuses}; {len(beside.result())} streams beside them")
     for asked, (method, path, response) in zip(requests_to_send, answers, strict=True):
