@@ -43,6 +43,13 @@ _FORMATS = {
 # llguidance allows February 29 in each year.
 _LEAP_YEAR = "(?:[0-9]{2}(?:0[48]|[2468][048]|[13579][26])|(?:[02468][048]|[13579][26])00)"
 _DAYS_OF_FEBRUARY = f"^(?:[0-9]{{4}}-(?:0[13-9]|1|02-(?:[01]|2[0-8]))|{_LEAP_YEAR}-02-29)"
+# RFC 3339 knows a second 60 once in years; validators refuse it at any other time, or always.
+_SECONDS = "[0-9]{2}:[0-9]{2}:[0-5]"
+_FORMAT_PATTERNS = {
+    "date": _DAYS_OF_FEBRUARY,
+    "date-time": f"{_DAYS_OF_FEBRUARY}[^tT]*[tT]{_SECONDS}",
+    "time": f"^{_SECONDS}",
+}
 _ANNOTATIONS = {
     "$schema", "$comment", "$defs", "definitions", "title", "description", "default", "example", "examples",
     "deprecated", "readOnly", "writeOnly", "contentEncoding", "contentMediaType", "discriminator",
@@ -230,10 +237,10 @@ class _Translation:
         self._count_properties(len(undeclared))
         if "number" in types:
             _check_range(written, path)
-        if written.get("format") in ("date", "date-time"):
+        if written.get("format") in _FORMAT_PATTERNS:
             if "pattern" in written:
                 _fail(path, f"pattern is not supported together with the format {written['format']}")
-            written["pattern"] = _DAYS_OF_FEBRUARY
+            written["pattern"] = _FORMAT_PATTERNS[written["format"]]
         return written
 
     def _keyword(self, keyword: str, value: Any, path: str) -> Any:
