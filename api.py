@@ -81,11 +81,10 @@ async def health(request: Request) -> JSONResponse:
 async def begin(request: Request, chat: ChatRequest) -> Exchange:
     """Hands a request to the engine, which may refuse it."""
     engine: Engine = request.app.state.engine
-    settings: Settings = request.app.state.settings
     if "max_tokens" in chat.model_fields_set and chat.max_tokens > engine.max_model_len:
         raise ApiError(422, f"max_tokens: at most {engine.max_model_len}, the context", param="max_tokens")
     generation = await engine.generate(chat.messages, chat.sampling_params)
-    return Exchange(request, generation, chat.prompt if settings.log_content else None)
+    return Exchange(request, generation, chat.prompt)
 
 
 @asynccontextmanager

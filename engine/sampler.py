@@ -8,6 +8,7 @@ import numpy
 import torch
 from torch import Tensor
 
+from engine.grammar import unpack
 from engine.sequence import Logprobs, SamplingParams, Sequence, TokenLogprob
 
 
@@ -105,8 +106,6 @@ def _restrict(logits: Tensor, restricted: list[int], sequences: Seq[Sequence]) -
                 sequence.error = str(error)
                 row.fill_(-torch.inf)
     if masks:
-        from engine.grammar import unpack  # who has a grammar has loaded it
-
         allowed = unpack(torch.stack(list(masks.values())).to(logits.device), logits.shape[1])
         index = torch.tensor(list(masks), device=logits.device)
         logits[index] = logits[index].masked_fill(~allowed, -torch.inf)

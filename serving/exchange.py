@@ -9,7 +9,7 @@ from collections import defaultdict
 from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import Self
+from typing import Any, Self
 
 from fastapi import Request
 from fastapi.responses import StreamingResponse
@@ -22,6 +22,7 @@ from engine.sequence import FinishReason, Logprobs
 from serving.errors import to_api_error
 from serving.limits import unless_client_leaves
 from serving.metrics import Metrics, Outcome
+from serving.settings import Settings
 
 log = logging.getLogger("llama.requests")
 
@@ -61,15 +62,18 @@ class RequestIds:
 class Exchange:
     """An answer on its way to its client: iterate over it, and close it, whatever happens."""
 
-    def __init__(self, request: Request, generation: Generation, content: str | None) -> None:
+    def __init__(self, request: Request, generation: Generation, prompt: str | list[Any]) -> None:
         """
         Args:
-            content: the prompt, if content is to be logged.
+            prompt: what is logged of the request, if content is.
         """
+        settings: Settings = request.app.state.settings
         self.request_id: str = request.state.request_id
         self.metrics: Metrics = request.app.state.metrics
         self._generation = generation
-        self._content = content
+        self._content: str | None = None
+        if settings.log_content:
+            self._content = prompt if isinstance(prompt, str) else repr(prompt)
         self._answer = ""
         self._begun = time.monotonic()
         self._first_token: float | None = None

@@ -10,7 +10,7 @@ from pydantic import BaseModel
 
 from engine.detokenizer import Detokenizer
 from engine.engine import Engine
-from engine.generation import Delta, Generation, InvalidPromptError, PromptTooLongError, Usage
+from engine.generation import Delta, InvalidPromptError, PromptTooLongError, Usage
 from engine.grammar import Grammar
 from engine.json_schema import GrammarError
 from engine.sequence import FinishReason, Logprobs, TokenLogprob
@@ -83,7 +83,7 @@ async def create_chat_completion(request: Request) -> Response:
         raise ApiError(400, f"messages: {error}", param="messages", reason="too_long") from None
     except InvalidPromptError as error:
         raise ApiError(400, f"n: {error}", param="n") from None
-    exchange = _exchange(request, generation, messages[-1]["content"])
+    exchange = Exchange(request, generation, messages[-1]["content"])
     stamp = _stamp(request, "chatcmpl", chat.model)
     if chat.stream:
         return EventStream(exchange, _ChatChunks(engine, chat, stamp))
@@ -118,7 +118,7 @@ async def create_completion(request: Request) -> Response:
         generation = await engine.complete(asked.prompt, params, n=asked.n or 1)
     except InvalidPromptError as error:
         raise ApiError(400, f"prompt: {error}", param="prompt") from None
-    exchange = _exchange(request, generation, repr(asked.prompt))
+    exchange = Exchange(request, generation, asked.prompt)
     pieces = _TextPieces(engine, asked, _stamp(request, "cmpl", asked.model))
     if asked.stream:
         return EventStream(exchange, pieces)
@@ -162,11 +162,6 @@ async def _grammar(engine: Engine, chat: ChatCompletionRequest) -> Grammar | Non
         return await engine.compile(chat.schema_of_answer)
     except GrammarError as error:
         raise ApiError(400, f"response_format: {error}", param="response_format") from None
-
-
-def _exchange(request: Request, generation: Generation, content: str) -> Exchange:
-    settings: Settings = request.app.state.settings
-    return Exchange(request, generation, content if settings.log_content else None)
 
 
 def _stamp(request: Request, kind: str, model: str) -> dict[str, Any]:

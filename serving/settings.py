@@ -4,6 +4,7 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence as Seq
+from functools import cached_property
 from pathlib import Path
 from typing import Literal, NoReturn, Self
 
@@ -83,7 +84,7 @@ class Settings(BaseSettings):
             return DEMO_MODEL
         return Path(self.model) if self.model else find_model(self.models_folder)
 
-    @property
+    @cached_property
     def model_names(self) -> list[str]:
         """What the model is called in /v1. The first is its name, the others are aliases."""
         own = "demo" if self.model == "demo" else self.model_path.resolve().name
@@ -96,7 +97,7 @@ class Settings(BaseSettings):
             raise ValueError("no key is in it")
         return path
 
-    @property
+    @cached_property
     def api_keys(self) -> frozenset[str]:
         """All keys. There is no need of one if there are none."""
         return frozenset(_split(self.api_key.get_secret_value())) | _read_keys(self.api_key_file)

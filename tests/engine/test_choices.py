@@ -21,7 +21,7 @@ from engine.generation import Delta, Generation, GenerationError, QueueFullError
 from engine.grammar import Grammar, GrammarError
 from engine.scheduler import Chunk
 from engine.sequence import BLOCK_SIZE, Logprobs, SamplingParams, Sequence
-from tests.engine.test_engine import all_blocks_are_back, run, running, text, until, user
+from tests.engine.test_engine import all_blocks_are_back, recorded, run, running, text, until, user
 from tests.models import make_model
 
 PLAIN = SamplingParams(temperature=1.0, top_p=1, repetition_penalty=1, max_tokens=24)
@@ -66,21 +66,6 @@ def held(engine: Engine) -> Iterator[None]:
         yield
     finally:
         gate.set()
-
-
-@contextmanager
-def recorded(engine: Engine) -> Iterator[list[list[Chunk]]]:
-    """All steps of the engine."""
-    steps: list[list[Chunk]] = []
-    run_step = engine._runner.run
-
-    def recording(batch: list[Chunk]) -> list[int | None]:
-        steps.append(batch)
-        return run_step(batch)
-
-    engine._runner.run = recording  # type: ignore[method-assign]
-    yield steps
-    engine._runner.run = run_step  # type: ignore[method-assign]
 
 
 def num_computed(steps: list[list[Chunk]]) -> int:

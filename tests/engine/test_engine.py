@@ -2,8 +2,9 @@
 
 import asyncio
 import random
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +62,23 @@ async def until(condition: Callable[[], bool]) -> None:
 def all_blocks_are_back(engine: Engine) -> bool:
     scheduler = engine._scheduler
     return scheduler.pool.num_unused == scheduler.pool.num_blocks and not scheduler.has_work
+
+
+@contextmanager
+def recorded(engine: Engine, *, seconds: float = 0) -> Iterator[list[list[Chunk]]]:
+    """All steps of the engine, each made to take so much longer."""
+    steps: list[list[Chunk]] = []
+    run_step = engine._runner.run
+
+    def recording(batch: list[Chunk]) -> list[int | None]:
+        steps.append(batch)
+        if seconds:
+            time.sleep(seconds)
+        return run_step(batch)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(engine._runner, "run", recording)
+        yield steps
 
 
 def run(scenario: Awaitable[None]) -> None:
@@ -157,20 +175,13 @@ def test_the_queue_is_bounded(tiny_model: Path) -> None:
 def test_who_leaves_frees_everything_before_the_next_step_but_one(tiny_model: Path) -> None:
     async def scenario() -> None:
         async with running(tiny_model) as engine:
-            steps: list[list[Chunk]] = []
-            run_step = engine._runner.run
-
-            def counted(batch: list[Chunk]) -> list[int | None]:
-                steps.append(batch)
-                return run_step(batch)
-
-            engine._runner.run = counted  # type: ignore[method-assign]
-            generation = await engine.generate(user("a"), SamplingParams(max_tokens=400))
-            await anext(generation)
-            generation.close()
-            begun = len(steps)
-            await until(lambda: all_blocks_are_back(engine))
-            assert len(steps) <= begun + 1
+            with recorded(engine) as steps:
+                generation = await engine.generate(user("a"), SamplingParams(max_tokens=400))
+                await anext(generation)
+                generation.close()
+                begun = len(steps)
+                await until(lambda: all_blocks_are_back(engine))
+                assert len(steps) <= begun + 1
 
     run(scenario())
 
@@ -308,25 +319,18 @@ def test_no_mix_of_ends_leaks_a_block(tiny_model: Path) -> None:
 def test_a_long_prompt_does_not_hold_up_the_event_loop_nor_the_streams(tiny_model: Path) -> None:
     async def scenario() -> None:
         async with running(tiny_model, max_batch_tokens=32, max_num_seqs=8) as engine:
-            steps: list[list[Chunk]] = []
-            run_step = engine._runner.run
-
-            def recorded(batch: list[Chunk]) -> list[int | None]:
-                steps.append(batch)
-                return run_step(batch)
-
-            engine._runner.run = recorded  # type: ignore[method-assign]
-            stream = await engine.generate(user("stream"), SamplingParams(max_tokens=200))
-            await anext(stream)
-            begun = len(steps)
-            prompt = asyncio.create_task(ask(engine, "x" * 400, SamplingParams(max_tokens=1)))
-            await prompt
-            # Every step in which the prompt was prefilled brought the stream a token too.
-            prefill = [batch for batch in steps[begun:] if any(chunk.num_tokens > 1 for chunk in batch)]
-            assert len(prefill) >= 420 // 31
-            streaming = stream._choices[0].sequence
-            assert all(any(chunk.sequence is streaming for chunk in batch) for batch in prefill)
-            stream.close()
+            with recorded(engine) as steps:
+                stream = await engine.generate(user("stream"), SamplingParams(max_tokens=200))
+                await anext(stream)
+                begun = len(steps)
+                prompt = asyncio.create_task(ask(engine, "x" * 400, SamplingParams(max_tokens=1)))
+                await prompt
+                # Every step in which the prompt was prefilled brought the stream a token too.
+                prefill = [batch for batch in steps[begun:] if any(chunk.num_tokens > 1 for chunk in batch)]
+                assert len(prefill) >= 420 // 31
+                streaming = stream._choices[0].sequence
+                assert all(any(chunk.sequence is streaming for chunk in batch) for batch in prefill)
+                stream.close()
 
     run(scenario())
 

@@ -27,7 +27,17 @@ from engine.model_runner import ModelRunner
 from engine.sampler import Sampler
 from engine.scheduler import Chunk, Scheduler
 from engine.sequence import SamplingParams, Sequence
-from tests.engine.test_engine import GREEDY, all_blocks_are_back, ask, run, running, text, until, user
+from tests.engine.test_engine import (
+    GREEDY,
+    all_blocks_are_back,
+    ask,
+    recorded,
+    run,
+    running,
+    text,
+    until,
+    user,
+)
 from tests.models import make_model
 
 # Greedy: each request's seed is its number, and nothing else.
@@ -233,22 +243,6 @@ def test_two_requests_that_fail_at_once(tiny_model: Path) -> None:
 
 
 @contextmanager
-def slow_steps(engine: Engine, seconds: float) -> Iterator[list[list[Chunk]]]:
-    """Makes each step take as long, and yields the steps."""
-    steps: list[list[Chunk]] = []
-    step = engine._runner.run
-
-    def slow(batch: list[Chunk]) -> list[int | None]:
-        steps.append(batch)
-        time.sleep(seconds)
-        return step(batch)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(engine._runner, "run", slow)
-        yield steps
-
-
-@contextmanager
 def timed_out() -> Iterator[None]:
     with pytest.raises(DeadlineError):
         yield
@@ -257,7 +251,7 @@ def timed_out() -> Iterator[None]:
 def test_who_leaves_during_the_prefill_frees_everything(tiny_model: Path) -> None:
     async def scenario() -> None:
         async with running(tiny_model, max_num_seqs=3, max_batch_tokens=16) as engine:
-            with slow_steps(engine, 0.005) as steps:
+            with recorded(engine, seconds=0.005) as steps:
                 generation = await engine.generate(user("x" * 400), GREEDY)
                 await until(lambda: len(steps) >= 3)
                 generation.close()
@@ -295,7 +289,7 @@ def test_the_deadline_ends_who_waits_who_is_prefilled_and_who_decodes(tiny_model
     async def scenario() -> None:
         options = {"max_num_seqs": 3, "max_batch_tokens": 16, "request_timeout": 0.5}
         async with running(tiny_model, **options) as engine:
-            with slow_steps(engine, 0.02) as steps:
+            with recorded(engine, seconds=0.02) as steps:
                 decoding = await engine.generate(user("x"), LONG)
                 await anext(decoding)
                 prefilled = await engine.generate(user("x" * 450), LONG)
@@ -353,7 +347,7 @@ def test_retry_after_is_how_long_the_queue_takes(tiny_model: Path) -> None:
 
     async def scenario() -> None:
         async with running(tiny_model, max_num_seqs=2, max_queue=24) as engine:
-            with slow_steps(engine, 0.02):
+            with recorded(engine, seconds=0.02):
                 told, took = await fill_and_wait(engine)
                 assert took / 4 <= told <= 4 * took + 1
                 # An hour passes in which nobody asks: it is no hour in which nobody could be served.
@@ -370,7 +364,7 @@ def test_answers_that_have_ended_do_not_count_as_waiting(tiny_model: Path) -> No
 
     async def scenario() -> None:
         async with running(tiny_model, max_num_seqs=3, max_queue=3) as engine:
-            with slow_steps(engine, 0.2):
+            with recorded(engine, seconds=0.2):
                 running_too = await engine.generate(user("x"), LONG)
                 short = [await engine.generate(user(f"{n}"), replace(GREEDY, max_tokens=1)) for n in range(2)]
                 for generation in short:
