@@ -376,11 +376,14 @@ def check(model: Path, device: str) -> None:
     """Finds in a moment what would keep `load` from serving.
 
     Raises:
-        ValueError: if weights are missing, the tokenizer is not Llama-3's, or the device can't be used.
+        ValueError: if weights are missing, the model is no Llama, its tokenizer not Llama-3's, or the device
+            can't be used.
     """
     if missing := weights.problems(model):
         mend = weights.download_command(model)
         raise ValueError(f"{model} can't be served: {'; '.join(missing)}. Complete it with: {mend}")
+    if (model_type := weights.model_type(model)) != "llama":
+        raise ValueError(f"{model} can't be served: its model_type is {model_type!r}, and not 'llama'")
     ChatFormat.from_pretrained(model)
     choose_device(device)
 

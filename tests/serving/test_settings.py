@@ -82,6 +82,16 @@ def test_a_model_whose_tokenizer_is_not_llama_3s_is_refused(tmp_path: Path) -> N
     assert len(result.stderr.splitlines()) == 1
 
 
+def test_a_model_that_is_no_llama_is_refused(tmp_path: Path) -> None:
+    make_model(tmp_path)
+    config = tmp_path / "config.json"
+    config.write_text(config.read_text().replace('"model_type": "llama"', '"model_type": "mistral"'))
+    result = api("--model", str(tmp_path))
+    assert result.returncode == 2
+    assert "model_type is 'mistral'" in result.stderr
+    assert len(result.stderr.splitlines()) == 1
+
+
 def test_a_public_address_is_warned_about(server: Server, tmp_path: Path) -> None:
     assert "asks for no key" not in server.log
     with (tmp_path / "log").open("w+") as log:
