@@ -9,6 +9,7 @@ from serving.settings import Settings, hide_key
 
 if __name__ == "__main__":
     hide_key()  # before the imports below: they take seconds, in which a key could be read
+    Settings.from_command_line()  # and what is wrong with an option is told before them
 
 import asyncio
 import gc
