@@ -149,6 +149,50 @@ def test_a_head_without_an_end_is_refused(patient: Server, beginning: bytes) -> 
     assert patient.answers()
 
 
+@pytest.mark.parametrize(
+    "request_",
+    [
+        b"GET /" + b"x" * 70_000 + b" HTTP/1.1\r\n\r\n",
+        b"GET / HTTP/1.1\r\nx: \0\r\n\r\n",
+        b"POST / HTTP/1.1\r\nContent-Length: -1\r\n\r\n",
+        b"POST / HTTP/1.1\r\nContent-Length: 2\r\nContent-Length: 3\r\n\r\n{}",
+        b"POST / HTTP/1.1\r\nContent-Length: 5\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n",
+        b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03",  # who speaks TLS
+    ],
+    ids=lambda request_: ascii(request_[:60]),
+)
+def test_what_is_no_http_is_refused_as_anything_else_is(patient: Server, request_: bytes) -> None:
+    with connected(patient.port) as connection:
+        connection.sendall(request_)
+        head, _, body = read_all(connection).partition(b"\r\n\r\n")
+    assert head.startswith(b"HTTP/1.1 400 ")
+    assert b"content-type: application/json" in head
+    assert json.loads(body)["status"] == 400
+    assert json.loads(body)["error"]["type"] == "invalid_request_error"
+
+
+@pytest.mark.parametrize("protocol", [b"h2c", b"websocket"])
+@pytest.mark.parametrize("chunked", [True, False])
+def test_an_upgrade_that_is_offered_is_not_taken_and_the_body_is_read(
+    patient: Server, protocol: bytes, chunked: bool
+) -> None:
+    """Java's client offers HTTP/2 with each of its requests."""
+    body = b'{"prompt": "x", "max_tokens": 2}'
+    length = b"Transfer-Encoding: chunked" if chunked else b"Content-Length: %d" % len(body)
+    offer = (
+        b"Connection: Upgrade, HTTP2-Settings\r\nUpgrade: %b\r\nHTTP2-Settings: AAEAAEAAAAIAAAAA" % protocol
+    )
+    head = b"POST / HTTP/1.1\r\nHost: x\r\n%b\r\n%b\r\n\r\n" % (offer, length)
+    with connected(patient.port) as connection:
+        for _ in range(2):
+            connection.sendall(head + (b"%x\r\n%b\r\n0\r\n\r\n" % (len(body), body) if chunked else body))
+            answer = b""
+            while not answer.endswith(b"}}"):
+                answer += connection.recv(4096)
+            assert answer.startswith(b"HTTP/1.1 200 ")
+            assert b'"completion_tokens":2' in answer
+
+
 def test_a_head_that_is_large_and_ends_is_taken(patient: Server) -> None:
     headers = {f"x-{n}": "y" * 1000 for n in range(40)}
     assert requests.post(
