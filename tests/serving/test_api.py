@@ -305,6 +305,19 @@ def test_health(server: Server) -> None:
     assert (response.status_code, response.json()["status"]) == (200, "ok")
 
 
+@pytest.mark.parametrize("path", ["/", "/health"])
+@pytest.mark.parametrize("accept", ["*/*", "text/html"])
+def test_head_is_get_without_the_body(server: Server, path: str, accept: str) -> None:
+    """What `curl -I`, link previews and many a load balancer ask."""
+    head, get = (
+        requests.request(method, server.url + path, headers={"Accept": accept}, timeout=30)
+        for method in ("HEAD", "GET")
+    )
+    assert (head.status_code, head.content) == (200, b"")
+    assert head.headers["Content-Type"] == get.headers["Content-Type"]
+    assert head.headers["Content-Length"] == str(len(get.content))
+
+
 def test_the_docs_show_the_request(server: Server) -> None:
     schema = requests.get(f"{server.url}/openapi.json", timeout=30).json()
     assert "ChatRequest" in json.dumps(schema["paths"]["/"]["post"]["requestBody"])

@@ -259,6 +259,7 @@ def test_who_stalls_is_disconnected(monkeypatch: pytest.MonkeyPatch) -> None:
 
 FAULTY = """
 import pathlib, sys, api
+from serving import limits
 from engine.chat_format import ChatFormat
 from engine.detokenizer import Detokenizer
 from engine.model_runner import ModelRunner
@@ -285,6 +286,7 @@ def check_device(self):
         raise RuntimeError("the secret cause")
 ChatFormat.encode_dialog, Detokenizer.feed = faulty_encode, faulty_feed
 ModelRunner.run, ModelRunner.check_device = faulty_run, check_device
+limits._BODY_SECONDS = 0.5
 sys.argv[0] = "api.py"
 api.main()
 """
@@ -328,6 +330,7 @@ def test_a_fault_is_told_with_its_id_and_a_dead_engine_ends_the_process_as_faile
     assert ask(faulty.url, prompt="y", temperature=0, max_tokens=20).json()["response"] == whole
     assert "the secret cause" in faulty.log  # whoever runs the server wants to know
     check_openais_client_raises_its_own(faulty)
+    check_a_body_that_does_not_come_is_waited_for_no_longer_than_it_may_take(faulty)
 
     with ThreadPoolExecutor(8) as executor:
         streams = [begin(faulty.url, executor, **LONG) for _ in range(2)]
@@ -356,6 +359,15 @@ def check_openais_client_raises_its_own(faulty: Server) -> None:
                 list(events)
             assert "secret" not in str(broken.value.body)
             assert len(texts(create(client, route, **{**fields, "seed": 14}))) == 1
+
+
+def check_a_body_that_does_not_come_is_waited_for_no_longer_than_it_may_take(faulty: Server) -> None:
+    for path in ("/", "/v1/chat/completions"):
+        with connected(faulty.port) as connection:
+            connection.sendall(request_of({"prompt": "x"}, path)[:-1])
+            head, _, body = read_all(connection).partition(b"\r\n\r\n")
+        assert head.startswith(b"HTTP/1.1 408 ")
+        assert json.loads(body)["error"]["message"] == "the body did not come within 0.5 s"
 
 
 def test_an_engine_that_dies_while_it_drains_tells_everybody(faulty: Server, tmp_path: Path) -> None:
@@ -470,6 +482,14 @@ def test_a_signal_during_the_start_ends_it_at_once(long_model: Path, tmp_path: P
     finally:
         process.kill()
     assert "Traceback" not in log.read_text()
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="this system does not tell what is loaded")
+def test_what_nobody_has_asked_for_is_not_loaded(patient: Server) -> None:
+    ask(patient.url, prompt="x", max_tokens=2)
+    loaded = Path(f"/proc/{patient.process.pid}/maps").read_text()
+    assert "torch" in loaded
+    assert "llguidance" not in loaded
 
 
 # Last, as it ends the server that the tests above share.
