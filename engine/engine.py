@@ -28,6 +28,7 @@ from engine.generation import (
     Output,
     PromptTooLongError,
     QueueFullError,
+    SchemaTooComplexError,
 )
 from engine.grammar import Grammar, Grammars
 from engine.model_runner import (
@@ -362,7 +363,8 @@ class Engine:
 
 def _output_of(sequence: Sequence) -> Output | Exception:
     if sequence.error is not None:
-        return GenerationError(sequence.error)
+        is_schemas = sequence.grammar is not None and sequence.grammar.has_failed
+        return (SchemaTooComplexError if is_schemas else GenerationError)(sequence.error)
     logprobs = sequence.logprobs[-1] if sequence.logprobs else None
     return Output(sequence.token_ids[-1], sequence.finish_reason, logprobs)
 

@@ -59,8 +59,13 @@ class Grammar:
         """One that goes on from here by itself."""
         return Grammar(self._matcher.deep_copy(), self._vocab_size)
 
+    @property
+    def has_failed(self) -> bool:
+        """Whether the answer can't be continued."""
+        return bool(self._matcher.is_error())
+
     def _check(self) -> None:
-        if self._matcher.is_error():
+        if self.has_failed:
             raise GrammarError(f"the schema can't be followed: {_reason(self._matcher.get_error())}")
 
 
