@@ -1,6 +1,7 @@
 """Decode steps on CUDA as graphs: one launch for the forward pass, instead of hundreds from Python."""
 
 import logging
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,7 +16,8 @@ log = logging.getLogger("llama.engine")
 class DecodeInputs:
     """What the forward pass of a decode step reads, at places in memory that stay.
 
-    A step is padded with sequences of one token, whose keys and values go to a block that is nobody's.
+    A step is padded with sequences of one token, whose keys and values go to a block that is nobody's. Block
+    tables stay on the device, a row for each that runs: only the blocks that a step has added go there.
     """
 
     def __init__(self, kv_cache: list[Tensor], *, max_num_seqs: int, max_blocks: int) -> None:
@@ -26,39 +28,48 @@ class DecodeInputs:
             max_blocks: the most blocks of a sequence.
         """
         self._kv_cache = kv_cache
-        self._idle_block = len(kv_cache[0]) - 1
+        idle_block = len(kv_cache[0]) - 1
         device = kv_cache[0].device
-        self._inputs = torch.zeros(3, max_num_seqs, dtype=torch.long, device=device)
-        """Token ids, positions and slots."""
+        self._padding = (0, 0, idle_block * BLOCK_SIZE, max_num_seqs)
+        self._inputs = torch.zeros(4, max_num_seqs, dtype=torch.long, device=device)
+        """Token ids, positions, slots, and rows of the block tables."""
         self._block_tables = torch.full(
-            (max_num_seqs, max_blocks), self._idle_block, dtype=torch.int32, device=device
+            (max_num_seqs + 1, max_blocks), idle_block, dtype=torch.int32, device=device
         )
-        self._lens = torch.ones(max_num_seqs, dtype=torch.int32, device=device)
+        self._written: list[tuple[list[int], int]] = [([], 0)] * max_num_seqs
+        """Of each row: whose block table it is, and how many blocks of it are there."""
 
     def fill(self, sequences: list[Sequence], size: int) -> None:
         """Writes a step of `sequences`, padded to `size` of them."""
-        padding = size - len(sequences)
-        positions = [sequence.num_computed for sequence in sequences]
-        inputs = [
-            [sequence.token_ids[-1] for sequence in sequences] + [0] * padding,
-            positions + [0] * padding,
-            [sequence.slot(position) for sequence, position in zip(sequences, positions, strict=True)]
-            + [self._idle_block * BLOCK_SIZE] * padding,
-        ]
-        width = max(len(sequence.block_table) for sequence in sequences)
-        tables = [s.block_table + [self._idle_block] * (width - len(s.block_table)) for s in sequences]
-        tables += [[self._idle_block] * width] * padding
-        lens = [position + 1 for position in positions] + [1] * padding
-        self._inputs[:, :size].copy_(torch.tensor(inputs))
-        self._block_tables[:size, :width].copy_(torch.tensor(tables, dtype=torch.int32))
-        self._lens[:size].copy_(torch.tensor(lens, dtype=torch.int32))
+        self._write_new_blocks(sequences)
+        inputs = [(s.token_ids[-1], s.num_computed, s.slot(s.num_computed), s.row) for s in sequences]
+        inputs += [self._padding] * (size - len(sequences))
+        self._inputs[:, :size].copy_(self._on_device(inputs).T)
 
     def forward(self, model: Llama, size: int) -> Tensor:
         """The logits that follow each of the first `size` sequences: [size, vocab_size], float32."""
-        token_ids, positions, slots = self._inputs[:, :size]
-        contexts = Contexts(slice(0, size), self._block_tables[:size], self._lens[:size])
+        token_ids, positions, slots, rows = self._inputs[:, :size]
+        contexts = Contexts(slice(0, size), self._block_tables[rows], (positions + 1).int())
         logits: Tensor = model(token_ids, positions, AttentionBatch(self._kv_cache, slots, [contexts], []))
         return logits
+
+    def _write_new_blocks(self, sequences: list[Sequence]) -> None:
+        new: list[tuple[int, int, int]] = []
+        for sequence in sequences:
+            row, table = sequence.row, sequence.block_table
+            owner, count = self._written[row]
+            if owner is not table:  # each time that it is admitted, a sequence gets another one
+                count = 0
+            if count < len(table):
+                new += [(row, index, table[index]) for index in range(count, len(table))]
+                self._written[row] = table, len(table)
+        if new:
+            rows, indices, blocks = self._on_device(new).T
+            self._block_tables[rows, indices] = blocks.int()
+
+    def _on_device(self, values: list[Any]) -> Tensor:
+        tensor = torch.tensor(values, pin_memory=self._inputs.is_cuda)
+        return tensor.to(self._inputs.device, non_blocking=True)
 
 
 class DecodeGraphs:

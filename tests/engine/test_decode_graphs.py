@@ -6,9 +6,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from engine.block_pool import BlockPool
 from engine.decode_graphs import DecodeInputs, padded_sizes
 from engine.model_runner import ModelRunner, load_model
-from engine.scheduler import Chunk
+from engine.scheduler import Scheduler
 from engine.sequence import BLOCK_SIZE, SamplingParams, Sequence
 from tests.models import SHAPES, make_model
 
@@ -27,23 +28,26 @@ def test_every_number_of_sequences_has_a_size_of_less_than_twice_its_own(max_num
 @pytest.mark.parametrize("shape", SHAPES)
 @torch.inference_mode()
 def test_padded_steps_give_the_logits_of_plain_ones(shape: str, tmp_path: Path) -> None:
+    """Whoever came, left, grew or was preempted in the steps before."""
     generator = random.Random(0)
     model = load_model(make_model(tmp_path, shape), CPU, torch.float32)
-    runner = ModelRunner(model, num_blocks=40, max_num_seqs=8)
-    blocks = generator.sample(range(40), 40)
-    sequences = []
-    for row in range(8):
-        length = generator.choice([1, 15, 16, 17, 40])
-        sequence = Sequence(generator.choices(range(256), k=length), SamplingParams(temperature=0), row=row)
-        sequence.block_table = [blocks.pop() for _ in range(length // BLOCK_SIZE + 1)]
-        sequence.append(runner.run([Chunk(sequence, length)])[0])
-        sequence.num_computed = length
-        sequences.append(sequence)
-    inputs = DecodeInputs(runner._kv_cache, max_num_seqs=8, max_blocks=5)
-    # What larger steps have left behind counts no more.
-    for number, size in [(8, 8), (5, 8), (1, 2), (3, 4), (1, 1)]:
-        step = generator.sample(sequences, number)
-        expected = runner._forward([Chunk(sequence, 1) for sequence in step])
-        inputs.fill(step, size)
-        padded = inputs.forward(model, size)
-        torch.testing.assert_close(padded[:number], expected, rtol=1e-4, atol=1e-4)
+    runner = ModelRunner(model, num_blocks=12, max_num_seqs=6)
+    inputs = DecodeInputs(runner._kv_cache, max_num_seqs=6, max_blocks=8)
+    scheduler = Scheduler(BlockPool(12, BLOCK_SIZE), max_batch_tokens=64, max_num_seqs=6)
+    for _ in range(20):
+        prompt = generator.choices(range(256), k=generator.choice([1, 5, 15, 16, 17]))
+        scheduler.add(Sequence(prompt, SamplingParams(max_tokens=generator.randrange(2, 100))))
+    sizes = set()
+    while scheduler.has_work:
+        batch = scheduler.schedule()
+        if all(chunk.num_tokens == 1 for chunk in batch):
+            sequences = [chunk.sequence for chunk in batch]
+            size = min(size for size in padded_sizes(6) if size >= len(sequences))
+            sizes.add((len(sequences), size))
+            inputs.fill(sequences, size)
+            expected = runner._forward(batch)
+            padded = inputs.forward(model, size)
+            torch.testing.assert_close(padded[: len(batch)], expected, rtol=1e-4, atol=1e-4)
+        scheduler.postprocess(batch, runner.run(batch))
+    assert scheduler.num_preemptions
+    assert {(3, 4), (5, 6), (1, 1)} <= sizes
