@@ -1,0 +1,126 @@
+"""Our server with a model that costs nothing: a step takes the time that it is told to take, and no work.
+
+    python -m benchmarks.fake_model --step-ms 12 --port 6007   serves
+    python -m benchmarks.fake_model --step-ms 12 --alone 256   the engine alone, without HTTP
+
+Everything else is the real thing: the app, its server, the engine with its thread, scheduler and detokenizer.
+The steps cost no host work either, as tensors would, and while one lasts the thread sleeps, as it does while
+it waits for a GPU.
+"""
+
+import argparse
+import asyncio
+import itertools
+import json
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import api
+from engine.block_pool import BlockPool
+from engine.chat_format import ChatFormat
+from engine.detokenizer import TokenBytes
+from engine.engine import Engine
+from engine.scheduler import Chunk, Scheduler
+from engine.sequence import BLOCK_SIZE, SamplingParams
+from serving.settings import DEMO_MODEL
+
+MAX_NUM_SEQS = 256
+MAX_BATCH_TOKENS = 2048
+MAX_MODEL_LEN = 2048
+
+
+class FakeRunner:
+    """Stands in for `ModelRunner`: every token is one of a few words, drawn from nothing."""
+
+    def __init__(self, token_ids: list[int], step_seconds: float) -> None:
+        self._token_ids = itertools.cycle(token_ids)
+        self._step_seconds = step_seconds
+        self.steps: list[tuple[float, int]] = []
+        """When each began, and how many sequences it sampled."""
+
+    def run(self, batch: list[Chunk]) -> list[int | None]:
+        begun = time.perf_counter()
+        sampled: list[int | None] = [next(self._token_ids) for chunk in batch if chunk.samples]
+        self.steps.append((begun, len(sampled)))
+        ends = begun + self._step_seconds
+        if (left := ends - time.perf_counter()) > 0:
+            time.sleep(left)
+        return sampled
+
+    def check_device(self) -> None:
+        """There is none that could be lost."""
+
+
+def load(step_seconds: float) -> tuple[Engine, FakeRunner]:
+    """An engine with the demo's tokenizer, and its runner."""
+    chat_format = ChatFormat.from_pretrained(DEMO_MODEL)
+    vocab_size = chat_format.tokenizer.get_vocab_size()
+    token_bytes = TokenBytes(chat_format.tokenizer)
+    words = [token_id for token_id in range(vocab_size) if token_bytes[token_id].isalpha()]
+    runner: Any = FakeRunner(words, step_seconds)
+    pool = BlockPool(MAX_NUM_SEQS * MAX_MODEL_LEN // BLOCK_SIZE, BLOCK_SIZE)
+    engine = Engine(
+        chat_format,
+        Scheduler(pool, max_batch_tokens=MAX_BATCH_TOKENS, max_num_seqs=MAX_NUM_SEQS),
+        runner,
+        thread=ThreadPoolExecutor(1, thread_name_prefix="engine"),
+        vocab_size=vocab_size,
+        sampling_defaults={},
+        max_model_len=MAX_MODEL_LEN,
+        max_queue=MAX_NUM_SEQS,
+        request_timeout=600,
+    )
+    return engine, runner
+
+
+async def run_alone(sequences: int, output_tokens: int, step_seconds: float) -> dict[str, float]:
+    """The engine's own rate: its tokens reach the event loop, where nobody reads them."""
+    engine, runner = load(step_seconds)
+    engine.start()
+    params = SamplingParams(max_tokens=output_tokens)
+    generations = [
+        await engine.generate([{"role": "user", "content": f"Question {i}?"}], params)
+        for i in range(sequences)
+    ]
+    while engine.stats.running or engine.stats.waiting:  # noqa: ASYNC110 (nothing tells of the end)
+        await asyncio.sleep(0.05)
+    for generation in generations:
+        generation.close()
+    await engine.stop()
+    full = [begun for begun, sampled in runner.steps if sampled == sequences]
+    steps_per_s = (len(full) - 1) / (full[-1] - full[0])
+    return {"steps_per_s": steps_per_s, "tokens_per_s": steps_per_s * sequences}
+
+
+def serve(port: int, step_seconds: float) -> None:
+    """Runs the server, which loads the fake model in place of one."""
+
+    def load_fake(model: Path, **options: Any) -> Engine:
+        return load(step_seconds)[0]
+
+    vars(api)["load"] = load_fake
+    sys.argv = ["api.py", "--model", "demo", "--device", "cpu", "--host", "127.0.0.1", "--port", str(port)]
+    api.main()
+
+
+def main() -> None:
+    """Runs the command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--step-ms", type=float, default=0, help="what a step takes (default: 0)")
+    parser.add_argument("--port", type=int, default=6007)
+    parser.add_argument("--alone", type=int, help="measure the engine with so many sequences, without HTTP")
+    parser.add_argument("--output-tokens", type=int, default=500, help="of each, alone (default: 500)")
+    args = parser.parse_args()
+    if args.alone:
+        print(json.dumps(asyncio.run(run_alone(args.alone, args.output_tokens, args.step_ms / 1000))))
+    else:
+        serve(args.port, args.step_ms / 1000)
+
+
+if __name__ == "__main__":
+    main()
