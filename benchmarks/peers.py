@@ -289,7 +289,9 @@ def measure(servers: list[Server], args: argparse.Namespace) -> dict[tuple[str, 
             for server in servers:
                 with awake(server):
                     send_burst(server, warm_up, 4)
-                    bursts[server.name, clients].append(send_burst(server, prompts, args.output_tokens))
+                    burst = send_burst(server, prompts, args.output_tokens)
+                print(f"  {server.name}: {burst.duration:.2f} s", file=sys.stderr, flush=True)
+                bursts[server.name, clients].append(burst)
             lengths = [
                 [answer.prompt_tokens for answer in bursts[server.name, clients][-1].answers]
                 for server in servers
