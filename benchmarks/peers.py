@@ -57,7 +57,7 @@ VLLM_WITHOUT = ("torchvision", "torchaudio", "torchcodec")
 TORCH = "torch==2.13.0"
 
 SLOT_TOKENS = 512
-"""Context that llama.cpp gives to each of its clients."""
+"""Of KV cache, for each client."""
 
 
 @dataclass(frozen=True)
@@ -104,6 +104,7 @@ def environment(folder: Path, *requirements: str, without: tuple[str, ...] = ())
 def ours(args: argparse.Namespace, model: Path) -> Launch:
     """`python api.py` of this checkout."""
     command = [sys.executable, "api.py", "--model", str(model), "--device", "cpu", "--host", "127.0.0.1"]
+    command += ["--kv-cache-tokens", str(max(args.clients) * SLOT_TOKENS)]  # all servers' memory is one
     return Launch([*command, "--threads", str(args.threads)], model.resolve().name)
 
 
@@ -178,14 +179,10 @@ def transformers_environment(cache: Path) -> Path:
 
 
 def transformers(args: argparse.Namespace, model: Path) -> Launch:
-    """`transformers serve` with its continuous batching, and a cache of 16,384 tokens: by itself it takes
-    nearly all memory there is."""
-    command = [
-        str(transformers_environment(args.cache) / "transformers"),
-        "serve",
-        str(model),
-        "--continuous-batching",
-    ]
+    """`transformers serve` with its continuous batching; by itself it takes nearly all memory there is."""
+    command = [str(transformers_environment(args.cache) / "transformers"), "serve", str(model)]
+    command += ["--continuous-batching", "--cb-max-batch-tokens", str(64 * max(args.clients))]
+    command += ["--cb-num-blocks", str(2 * max(args.clients))]  # of 256 tokens
     return Launch(
         [*command, "--host", "127.0.0.1", "--device", "cpu", "--dtype", "float32"],
         str(model),
