@@ -101,7 +101,8 @@ def make_model(args: argparse.Namespace) -> Any:
         rms_norm_eps=1e-5,
     )
     with torch.device(args.device):
-        model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, args.dtype)).eval()
+        model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, args.dtype))
+    model = model.eval().requires_grad_(False)
     if args.device == "cuda":  # as `load_model` does, for the same reason
         torch.backends.cuda.enable_cudnn_sdp(False)
     return model
@@ -114,7 +115,6 @@ def random_prompts(count: int, args: argparse.Namespace) -> list[list[int]]:
 # The baselines.
 
 
-@torch.inference_mode()
 def measure_generate(model: Any, args: argparse.Namespace) -> dict[str, float]:
     """`model.generate` as the tutorial calls it, one request after the other."""
     prompts = [torch.tensor([prompt], device=args.device) for prompt in random_prompts(args.clients, args)]
@@ -130,35 +130,35 @@ def measure_generate(model: Any, args: argparse.Namespace) -> dict[str, float]:
             generate(prompt, args.output_tokens)
 
     generate(prompts[0], 2)
-    return work_result(args.clients, timed(generate_all, args.device), args)
+    return work_result(args.clients, args.output_tokens, timed(generate_all, args.device))
 
 
 def measure_continuous_batching(model: Any, args: argparse.Namespace) -> dict[str, float]:
     """transformers' own, with all requests at once, and as much memory as it takes by itself on a GPU."""
     config = GenerationConfig(
-        max_new_tokens=args.output_tokens, do_sample=True, eos_token_id=-1, pad_token_id=0, **SAMPLING
+        max_new_tokens=args.batching_output_tokens,
+        do_sample=True,
+        eos_token_id=-1,
+        pad_token_id=0,
+        **SAMPLING,
     )
     prompts = random_prompts(args.batching_clients, args)
     options: dict[str, Any] = {"generation_config": config, "persistent_manager": True}
     if args.device == "cpu":
-        blocks = len(prompts) * -(-(args.prompt_tokens + args.output_tokens) // 256)
+        blocks = len(prompts) * -(-(args.prompt_tokens + args.batching_output_tokens) // 256)
         options["continuous_batching_config"] = ContinuousBatchingConfig(num_blocks=2 * blocks + 2)
     model.generate_batch(prompts, **options)  # warms up
     answers: dict[str, Any] = {}
     duration = timed(lambda: answers.update(model.generate_batch(prompts, **options)), args.device)
     tokens = sum(len(answer.generated_tokens) for answer in answers.values())
-    if tokens != len(prompts) * args.output_tokens:
-        raise RuntimeError(f"it made {tokens} tokens of {len(prompts) * args.output_tokens}")
+    if tokens != len(prompts) * args.batching_output_tokens:
+        raise RuntimeError(f"it made {tokens} tokens of {len(prompts) * args.batching_output_tokens}")
     model.destroy_cached_continuous_batching_manager()
-    return work_result(args.batching_clients, duration, args)
+    return work_result(args.batching_clients, args.batching_output_tokens, duration)
 
 
-def work_result(clients: int, duration: float, args: argparse.Namespace) -> dict[str, float]:
-    return {
-        "clients": clients,
-        "duration": duration,
-        "tokens_per_s": clients * args.output_tokens / duration,
-    }
+def work_result(clients: int, output_tokens: int, duration: float) -> dict[str, float]:
+    return {"clients": clients, "duration": duration, "tokens_per_s": clients * output_tokens / duration}
 
 
 # The engine.
@@ -240,10 +240,10 @@ def prefill_operations(model: Any, num_tokens: int) -> float:
 
 
 def measure_engine(
-    model: Any, runner: ModelRunner, num_blocks: int, clients: int, args: argparse.Namespace
+    runner: ModelRunner, num_blocks: int, clients: int, output_tokens: int, args: argparse.Namespace
 ) -> dict[str, float]:
     """The engine, with all requests at once."""
-    params = SamplingParams(max_tokens=args.output_tokens, ignore_eos=True, **SAMPLING)
+    params = SamplingParams(max_tokens=output_tokens, ignore_eos=True, **SAMPLING)
 
     async def read(generation: Generation) -> None:
         async for _ in generation:
@@ -274,7 +274,7 @@ def measure_engine(
         return duration
 
     asyncio.run(work())  # warms up
-    return work_result(clients, asyncio.run(work()), args)
+    return work_result(clients, output_tokens, asyncio.run(work()))
 
 
 # The report.
@@ -375,13 +375,13 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--clients", type=int, default=32, help="against generate")
     parser.add_argument("--batching-clients", type=int, default=64, help="against continuous batching")
     parser.add_argument("--prompt-tokens", type=int, default=128, help="of each client")
-    parser.add_argument("--output-tokens", type=int, default=64, help="of each client")
+    parser.add_argument("--output-tokens", type=int, default=64, help="of each, against generate")
+    parser.add_argument("--batching-output-tokens", type=int, default=256, help="of each, against the other")
     parser.add_argument("--probe-mib", type=int, default=4096, help="of the copy and the reductions")
     parser.add_argument("--matmul", type=int, default=8192, help="rows and columns of the matrices")
     return parser.parse_args()
 
 
-@torch.inference_mode()
 def main() -> None:
     args = parse_args()
     torch.manual_seed(0)
@@ -401,8 +401,11 @@ def main() -> None:
     peak = peak_memory(args.device)
     print(f"peak memory {peak / 1e9:.1f} GB, of which {kv_cache / 1e9:.1f} GB are the KV cache")
     ratios = {}
-    for name, clients in (("generate", args.clients), ("continuous_batching", args.batching_clients)):
-        ours = work[f"engine_{clients}"] = measure_engine(model, runner, num_blocks, clients, args)
+    for name, clients, output_tokens in (
+        ("generate", args.clients, args.output_tokens),
+        ("continuous_batching", args.batching_clients, args.batching_output_tokens),
+    ):
+        ours = work[f"engine_{clients}"] = measure_engine(runner, num_blocks, clients, output_tokens, args)
         print_work("engine", ours)
         if name in work:
             ratios[name] = ours["tokens_per_s"] / work[name]["tokens_per_s"]

@@ -55,8 +55,8 @@ def test_our_server_is_asked_as_its_peers_are(small_model: Path) -> None:
 def test_the_roofline_runs_on_a_small_model() -> None:
     shape = "--device cpu --dtype float32 --layers 1 --hidden-size 512 --vocab-size 2000"
     cells = "--batch 1 2 --context 16 32 --steps 2 --prefill 32 64 --max-batch-tokens 48"
-    work = "--clients 2 --batching-clients 3 --prompt-tokens 12 --output-tokens 4 --probe-mib 16 --matmul 256"
-    result = run("decode", f"{shape} {cells} {work}")
+    work = "--clients 2 --batching-clients 3 --prompt-tokens 12 --output-tokens 4 --batching-output-tokens 5"
+    result = run("decode", f"{shape} {cells} {work} --probe-mib 16 --matmul 256")
     weights = 4 * (512 * (2 * 512 + 2 * 128 + 3 * 1792) + 2 * 512 + 512 + 512 * 2000)
     assert result["weights"] == weights
     kv_bytes = 2 * 128 * 4
