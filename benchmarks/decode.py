@@ -18,7 +18,6 @@ import argparse
 import asyncio
 import gc
 import json
-import platform
 import random
 import resource
 import statistics
@@ -34,6 +33,7 @@ import transformers
 from torch import Tensor
 from transformers import AutoModelForCausalLM, ContinuousBatchingConfig, GenerationConfig, LlamaConfig
 
+from benchmarks.serving import cpu_model
 from engine.block_pool import BlockPool
 from engine.chat_format import ChatFormat
 from engine.engine import Engine
@@ -412,7 +412,7 @@ def main() -> None:
             print(f"that is {ratios[name]:.2f} times {name}")
     result = {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "device": torch.cuda.get_device_name() if args.device == "cuda" else platform.processor(),
+        "device": torch.cuda.get_device_name() if args.device == "cuda" else cpu_model(),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "arguments": vars(args),
