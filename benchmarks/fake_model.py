@@ -10,6 +10,7 @@ it waits for a GPU.
 
 import argparse
 import asyncio
+import gc
 import itertools
 import json
 import sys
@@ -23,6 +24,7 @@ from engine.block_pool import BlockPool
 from engine.chat_format import ChatFormat
 from engine.detokenizer import TokenBytes
 from engine.engine import Engine
+from engine.generation import Generation
 from engine.scheduler import Chunk, Scheduler
 from engine.sequence import BLOCK_SIZE, SamplingParams
 from serving.settings import DEMO_MODEL
@@ -77,18 +79,21 @@ def load(step_seconds: float) -> tuple[Engine, FakeRunner]:
 
 
 async def run_alone(sequences: int, output_tokens: int, step_seconds: float) -> dict[str, float]:
-    """The engine's own rate: its tokens reach the event loop, where nobody reads them."""
+    """The engine's own rate: its answers are read on the event loop, as text, and go nowhere."""
     engine, runner = load(step_seconds)
     engine.start()
+    gc.freeze()  # as the app does
     params = SamplingParams(max_tokens=output_tokens)
+
+    async def read(generation: Generation) -> None:
+        async for _ in generation:
+            pass
+
     generations = [
         await engine.generate([{"role": "user", "content": f"Question {i}?"}], params)
         for i in range(sequences)
     ]
-    while engine.stats.running or engine.stats.waiting:  # noqa: ASYNC110 (nothing tells of the end)
-        await asyncio.sleep(0.05)
-    for generation in generations:
-        generation.close()
+    await asyncio.gather(*map(read, generations))
     await engine.stop()
     full = [begun for begun, sampled in runner.steps if sampled == sequences]
     steps_per_s = (len(full) - 1) / (full[-1] - full[0])

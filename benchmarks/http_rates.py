@@ -4,9 +4,10 @@
     python -m benchmarks.http_rates --clients 256 --step-ms 12
 
 The server has a process of its own, and all its clients share another. "alone" is the same engine without
-HTTP, and the share is what of its rate reaches the clients. Rates are those of the time in which all streams
-run, from when the last has begun until the first ends. Where clients are sent several tokens in one event,
-the event loop did not keep up.
+HTTP, and the share is what of its rate reaches the clients; the share of the steps is that of the rate there
+would be if nothing took any time but they. Rates are those of the time in which all streams run, from when
+the last has begun until the first ends. Where clients are sent several tokens in one event, the event loop
+did not keep up.
 
 The last line of the output is the whole result as one JSON document.
 """
@@ -52,7 +53,8 @@ class Rates:
     events_per_s: float
     tokens_per_event: float
     share: float
-    """Of the engine's own rate."""
+    """Of the engine's own rate, and of that of its steps if there were no time between them."""
+    share_of_steps: float
     loop_cpu: float
     """Processor time for 1,000 tokens: of the thread that runs the event loop, and of all others."""
     other_cpu: float
@@ -192,6 +194,7 @@ def measure(server: Server, clients: int, step_ms: float, output_tokens: int) ->
         events_per_s=events_per_s,
         tokens_per_event=tokens_per_event,
         share=events_per_s * tokens_per_event / alone,
+        share_of_steps=events_per_s * tokens_per_event * step_ms / 1000 / clients,
         loop_cpu=1000 * (cpu["loop"] - before["loop"]) / load.tokens,
         other_cpu=1000 * (cpu["other"] - before["other"]) / load.tokens,
         first_event=load.last_begun - started,
@@ -213,11 +216,13 @@ def measure_all(args: argparse.Namespace) -> list[Rates]:
 
 def print_table(rates: list[Rates]) -> None:
     """Prints one line per measurement; processor time in ms for 1,000 tokens."""
-    print("step ms  streams  alone tokens/s  tokens/s  share  events/s  tokens/event  loop CPU  other CPU")
+    print(
+        "step ms  streams  alone tokens/s  tokens/s  share  of steps  events/s  tokens/event  loop, other CPU"
+    )
     for r in rates:
         print(
             f"{r.step_ms:7g}  {r.clients:7}  {r.alone_tokens_per_s:14,.0f}  {r.tokens_per_s:8,.0f}  "
-            f"{r.share:5.0%}  {r.events_per_s:8,.0f}  {r.tokens_per_event:12.2f}  "
+            f"{r.share:5.0%}  {r.share_of_steps:8.0%}  {r.events_per_s:8,.0f}  {r.tokens_per_event:12.2f}  "
             f"{1000 * r.loop_cpu:8.1f}  {1000 * r.other_cpu:9.1f}"
         )
 
