@@ -4,8 +4,9 @@
     python -m benchmarks.fake_model --step-ms 12 --alone 256   the engine alone, without HTTP
 
 Everything else is the real thing: the app, its server, the engine with its thread, scheduler and detokenizer.
-The steps cost no host work either, as tensors would, and while one lasts the thread sleeps, as it does while
-it waits for a GPU.
+While a step lasts the thread sleeps, as it does while it waits for a GPU. Before that it does as many small
+tensor operations as it is told to: each lets go of Python's lock, as those do that launch a GPU's work, and
+has to wait until the event loop gives it back.
 """
 
 import argparse
@@ -18,6 +19,8 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
+
+import torch
 
 import api
 from engine.block_pool import BlockPool
@@ -37,13 +40,17 @@ MAX_MODEL_LEN = 2048
 class FakeRunner:
     """Stands in for `ModelRunner`: every token is one of a few words, drawn from nothing."""
 
-    def __init__(self, token_ids: list[int], step_seconds: float) -> None:
+    def __init__(self, token_ids: list[int], step_seconds: float, host_ops: int) -> None:
         self._token_ids = itertools.cycle(token_ids)
         self._step_seconds = step_seconds
+        self._host_ops = host_ops
+        self._tensor = torch.zeros(256)
         self.steps: list[tuple[float, int]] = []
         """When each began, and how many sequences it sampled."""
 
     def run(self, batch: list[Chunk]) -> list[int | None]:
+        for _ in range(self._host_ops):
+            self._tensor.add_(1)
         begun = time.perf_counter()
         sampled: list[int | None] = [next(self._token_ids) for chunk in batch if chunk.samples]
         self.steps.append((begun, len(sampled)))
@@ -56,13 +63,13 @@ class FakeRunner:
         """There is none that could be lost."""
 
 
-def load(step_seconds: float) -> tuple[Engine, FakeRunner]:
+def load(step_seconds: float, host_ops: int) -> tuple[Engine, FakeRunner]:
     """An engine with the demo's tokenizer, and its runner."""
     chat_format = ChatFormat.from_pretrained(DEMO_MODEL)
     vocab_size = chat_format.tokenizer.get_vocab_size()
     token_bytes = TokenBytes(chat_format.tokenizer)
     words = [token_id for token_id in range(vocab_size) if token_bytes[token_id].isalpha()]
-    runner: Any = FakeRunner(words, step_seconds)
+    runner: Any = FakeRunner(words, step_seconds, host_ops)
     pool = BlockPool(MAX_NUM_SEQS * MAX_MODEL_LEN // BLOCK_SIZE, BLOCK_SIZE)
     engine = Engine(
         chat_format,
@@ -78,9 +85,11 @@ def load(step_seconds: float) -> tuple[Engine, FakeRunner]:
     return engine, runner
 
 
-async def run_alone(sequences: int, output_tokens: int, step_seconds: float) -> dict[str, float]:
+async def run_alone(
+    sequences: int, output_tokens: int, step_seconds: float, host_ops: int
+) -> dict[str, float]:
     """The engine's own rate: its answers are read on the event loop, as text, and go nowhere."""
-    engine, runner = load(step_seconds)
+    engine, runner = load(step_seconds, host_ops)
     engine.start()
     gc.freeze()  # as the app does
     params = SamplingParams(max_tokens=output_tokens)
@@ -100,11 +109,11 @@ async def run_alone(sequences: int, output_tokens: int, step_seconds: float) -> 
     return {"steps_per_s": steps_per_s, "tokens_per_s": steps_per_s * sequences}
 
 
-def serve(port: int, step_seconds: float) -> None:
+def serve(port: int, step_seconds: float, host_ops: int) -> None:
     """Runs the server, which loads the fake model in place of one."""
 
     def load_fake(model: Path, **options: Any) -> Engine:
-        return load(step_seconds)[0]
+        return load(step_seconds, host_ops)[0]
 
     vars(api)["load"] = load_fake
     sys.argv = ["api.py", "--model", "demo", "--device", "cpu", "--host", "127.0.0.1", "--port", str(port)]
@@ -117,14 +126,16 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--step-ms", type=float, default=0, help="what a step takes (default: 0)")
+    parser.add_argument("--host-ops", type=int, default=0, help="tensor operations in a step (default: 0)")
     parser.add_argument("--port", type=int, default=6007)
     parser.add_argument("--alone", type=int, help="measure the engine with so many sequences, without HTTP")
     parser.add_argument("--output-tokens", type=int, default=500, help="of each, alone (default: 500)")
     args = parser.parse_args()
+    step_seconds = args.step_ms / 1000
     if args.alone:
-        print(json.dumps(asyncio.run(run_alone(args.alone, args.output_tokens, args.step_ms / 1000))))
+        print(json.dumps(asyncio.run(run_alone(args.alone, args.output_tokens, step_seconds, args.host_ops))))
     else:
-        serve(args.port, args.step_ms / 1000)
+        serve(args.port, step_seconds, args.host_ops)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,8 @@ The server has a process of its own, and all its clients share another. "alone" 
 HTTP, and the share is what of its rate reaches the clients; the share of the steps is that of the rate there
 would be if nothing took any time but they. Rates are those of the time in which all streams run, from when
 the last has begun until the first ends. Where clients are sent several tokens in one event, the event loop
-did not keep up.
+did not keep up. `--host-ops` are small tensor operations, as the engine's thread does between steps: each may
+have to wait for Python's lock until the event loop lets go of it.
 
 The last line of the output is the whole result as one JSON document.
 """
@@ -158,31 +159,28 @@ def thread_seconds(pid: int) -> defaultdict[str, float]:
     return seconds
 
 
-def measure_alone(clients: int, step_ms: float, output_tokens: int) -> float:
+def fake_model(step_ms: float, args: argparse.Namespace) -> list[str]:
+    """How it is started."""
+    flags = ["--step-ms", str(step_ms), "--host-ops", str(args.host_ops)]
+    return [sys.executable, "-m", "benchmarks.fake_model", *flags]
+
+
+def measure_alone(clients: int, step_ms: float, args: argparse.Namespace) -> float:
     """Tokens/s of the engine without HTTP, in a process of its own."""
-    command = [
-        sys.executable,
-        "-m",
-        "benchmarks.fake_model",
-        "--alone",
-        str(clients),
-        "--step-ms",
-        str(step_ms),
-    ]
     done = subprocess.run(
-        [*command, "--output-tokens", str(output_tokens)],
+        [*fake_model(step_ms, args), "--alone", str(clients), "--output-tokens", str(args.output_tokens)],
         cwd=ROOT, check=True, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
     )  # fmt: skip
     return float(json.loads(done.stdout)["tokens_per_s"])
 
 
-def measure(server: Server, clients: int, step_ms: float, output_tokens: int) -> Rates:
+def measure(server: Server, clients: int, step_ms: float, args: argparse.Namespace) -> Rates:
     """Streams to so many clients, after a warm-up."""
     assert server.pid is not None
-    alone = measure_alone(clients, step_ms, output_tokens)
+    alone = measure_alone(clients, step_ms, args)
     uvloop.run(stream(server.url, clients, 20))
     before, started = thread_seconds(server.pid), time.perf_counter()
-    load = uvloop.run(stream(server.url, clients, output_tokens))
+    load = uvloop.run(stream(server.url, clients, args.output_tokens))
     cpu = thread_seconds(server.pid)
     events_per_s = load.steady_events / (load.first_ended - load.last_begun)
     tokens_per_event = load.tokens / load.events
@@ -206,11 +204,10 @@ def measure_all(args: argparse.Namespace) -> list[Rates]:
     rates = []
     with tempfile.TemporaryDirectory() as folder:
         for step_ms in args.step_ms:
-            command = [sys.executable, "-m", "benchmarks.fake_model", "--step-ms", str(step_ms)]
-            with start_server(f"fake-{step_ms}", command, Path(folder)) as server:
+            with start_server(f"fake-{step_ms}", fake_model(step_ms, args), Path(folder)) as server:
                 for clients in args.clients:
                     print(f"{clients} streams, steps of {step_ms} ms", file=sys.stderr, flush=True)
-                    rates.append(measure(server, clients, step_ms, args.output_tokens))
+                    rates.append(measure(server, clients, step_ms, args))
     return rates
 
 
@@ -227,7 +224,7 @@ def print_table(rates: list[Rates]) -> None:
         )
 
 
-def report(rates: list[Rates]) -> dict[str, Any]:
+def report(rates: list[Rates], host_ops: int) -> dict[str, Any]:
     """The result with what is needed to judge it."""
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -235,6 +232,7 @@ def report(rates: list[Rates]) -> dict[str, Any]:
         "cores": os.cpu_count(),
         "versions": {name: version(name) for name in ("uvicorn", "uvloop", "starlette", "pydantic")}
         | {"python": platform.python_version()},
+        "host_ops": host_ops,
         "rates": [rounded(asdict(r)) for r in rates],
     }
 
@@ -246,6 +244,7 @@ def parse_args() -> argparse.Namespace:
     )
     parser.add_argument("--clients", type=int, nargs="+", default=[1, 64, 256], help="default: 1 64 256")
     parser.add_argument("--step-ms", type=float, nargs="+", default=[1, 12], help="default: 1 12")
+    parser.add_argument("--host-ops", type=int, default=50, help="tensor operations in a step (default: 50)")
     parser.add_argument("--output-tokens", type=int, default=500, help="per stream (default: 500)")
     return parser.parse_args()
 
@@ -259,7 +258,7 @@ def main() -> None:
     except ServerError as error:
         sys.exit(str(error))
     print_table(rates)
-    print(json.dumps(report(rates)))
+    print(json.dumps(report(rates, args.host_ops)))
 
 
 if __name__ == "__main__":
