@@ -130,7 +130,8 @@ def build_llama_server(cache: Path) -> Path:
     if server.exists():
         return server
     programs = environment(folder / "env", "cmake", "ninja")
-    run(programs / "pip", "download", "--no-deps", "--no-binary", ":all:", "--dest", folder, LLAMA_CPP)
+    name = LLAMA_CPP.partition("==")[0]
+    run(programs / "pip", "download", "--no-deps", "--no-binary", name, "--dest", folder, LLAMA_CPP)
     [archive] = folder.glob("*.tar.gz")
     shutil.unpack_archive(archive, folder, filter="data")
     variables = os.environ | {"PATH": f"{programs}{os.pathsep}{os.environ['PATH']}"}
