@@ -197,6 +197,7 @@ def vllm(args: argparse.Namespace, model: Path) -> Launch:
     programs = environment(folder, VLLM, without=VLLM_WITHOUT)
     command = [str(programs / "python"), "-m", "vllm.entrypoints.openai.api_server", "--model", str(model)]
     variables = {
+        "LD_PRELOAD": str(folder / "lib" / "libiomp5.so"),  # it advises that, and is quicker with it
         "VLLM_CACHE_ROOT": str(folder / "compiled"),
         "VLLM_CPU_KVCACHE_SPACE": "2",  # GiB
         "VLLM_CPU_OMP_THREADS_BIND": f"0-{args.threads - 1}",
