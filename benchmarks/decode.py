@@ -1,61 +1,53 @@
-"""Measures the engine's decode steps against what the memory allows, and against transformers' generate.
+"""Measures the engine against what the hardware allows, and against what else serves this model in PyTorch.
 
-    python -m benchmarks.decode      Llama-3-8B's shape, random bfloat16 weights, on a GPU
-    python -m benchmarks.decode --device cpu --dtype float32 --layers 2 --hidden-size 512 --context 128
+    python -m benchmarks.decode      Llama-3-8B's shape, random bfloat16 weights, on a GPU: some minutes
+    python -m benchmarks.decode --device cpu --dtype float32 --layers 2 --hidden-size 512 --batch 1 8
 
-A decode step must read all weights once, but for the embeddings, and all keys and values of its
-sequences. That many bytes, over the bandwidth measured here (a large copy, counting bytes read and bytes
-written), is the shortest time a step can take. The last line of the output is the whole result as one
-JSON document.
+A decode step must read all weights once, but for the embeddings, and all keys and values of its sequences.
+That many bytes over the read bandwidth measured here is the shortest time it can take; the share of the copy
+bandwidth, where bytes read and bytes written count, is given too. A prefill must do the multiplications of
+all layers, and of the causal half of the attention; its bound is the rate of one large matrix product.
+
+The baselines run first, on the plain model: `model.generate` as the tutorial calls it, one request after the
+other, and transformers' continuous batching. The engine then does the same work, all requests at once. What
+does not fit into the memory is named and skipped. The last line of the output is the whole result as one JSON
+document.
 """
 
 import argparse
+import asyncio
+import gc
 import json
-import platform
 import random
+import resource
 import statistics
+import sys
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
-from functools import partial
 from typing import Any
 
 import torch
 import transformers
-from transformers import AutoModelForCausalLM, LlamaConfig
+from torch import Tensor
+from transformers import AutoModelForCausalLM, ContinuousBatchingConfig, GenerationConfig, LlamaConfig
 
-from engine.model_runner import ModelRunner, kv_bytes_per_token
-from engine.scheduler import Chunk
+from benchmarks.serving import cpu_model
+from engine.block_pool import BlockPool
+from engine.chat_format import ChatFormat
+from engine.engine import Engine
+from engine.generation import Generation
+from engine.model_runner import ModelRunner, kv_bytes_per_token, kv_tokens_that_fit
+from engine.packed_layers import can_pack, pack_layers
+from engine.scheduler import Chunk, Scheduler
 from engine.sequence import BLOCK_SIZE, SamplingParams, Sequence
+from serving.settings import DEMO_MODEL
 
 WARM_UP_STEPS = 5
-
-
-def make_model(args: argparse.Namespace) -> Any:
-    """A Llama with random weights, made on the device."""
-    config = LlamaConfig(
-        num_hidden_layers=args.layers,
-        hidden_size=args.hidden_size,
-        intermediate_size=args.hidden_size * 7 // 2,
-        num_attention_heads=args.hidden_size // 128,
-        num_key_value_heads=max(1, args.hidden_size // 512),
-        vocab_size=128_256,
-        max_position_embeddings=8192,
-        rope_parameters={"rope_type": "default", "rope_theta": 500_000.0},
-        rms_norm_eps=1e-5,
-    )
-    with torch.device(args.device):
-        return AutoModelForCausalLM.from_config(
-            config, dtype=getattr(torch, args.dtype), attn_implementation="paged"
-        ).eval()
-
-
-def measure_bandwidth(device: str) -> float:
-    """Bytes a second that a copy of 2 GiB reads and writes."""
-    source = torch.randn(1 << 29, device=device)
-    target = torch.empty_like(source)
-    times = [timed(lambda: target.copy_(source), device) for _ in range(10)]
-    return 2 * source.nbytes / min(times)
+MAX_MODEL_LEN = 8192
+SAMPLING: dict[str, Any] = {"temperature": 0.5, "top_p": 0.9, "repetition_penalty": 1.1}
+"""The tutorial's."""
 
 
 def timed(work: Callable[[], object], device: str) -> float:
@@ -69,20 +61,140 @@ def timed(work: Callable[[], object], device: str) -> float:
     return time.perf_counter() - started
 
 
-def measure_steps(model: Any, batch_size: int, args: argparse.Namespace) -> list[float]:
-    """The seconds of decode steps of `batch_size` sequences, sampled as the tutorial does."""
-    blocks_each = -(-(args.context + WARM_UP_STEPS + args.steps) // BLOCK_SIZE)
-    runner = ModelRunner(model, num_blocks=batch_size * blocks_each, max_num_seqs=batch_size)
+def measure_hardware(args: argparse.Namespace) -> dict[str, float]:
+    """What the device can do: bytes a second that a large copy reads and writes, bytes a second that the
+    quickest of some large reductions reads, and floating-point operations a second of a matrix product."""
+    device, dtype = args.device, getattr(torch, args.dtype)
+    source = torch.randn(args.probe_mib << 18, device=device)
+    target = torch.empty_like(source)
+    rows = source.view(1 << 10, -1)
+    reductions: list[Callable[[], Tensor]] = [
+        source.sum,
+        source.amax,
+        lambda: rows.sum(1),
+        lambda: rows.amax(1),
+    ]
+
+    def best(work: Callable[[], object]) -> float:
+        return min(timed(work, device) for _ in range(10))
+
+    side = args.matmul
+    left, right = torch.randn(2, side, side, device=device, dtype=dtype).unbind()
+    return {
+        "copy": 2 * source.nbytes / best(lambda: target.copy_(source)),
+        "read": source.nbytes / min(best(reduce) for reduce in reductions),
+        "matmul": 2 * side**3 / best(lambda: left @ right),
+    }
+
+
+def make_model(args: argparse.Namespace) -> Any:
+    """A Llama with random weights, made on the device."""
+    config = LlamaConfig(
+        num_hidden_layers=args.layers,
+        hidden_size=args.hidden_size,
+        intermediate_size=args.hidden_size * 7 // 2,
+        num_attention_heads=args.hidden_size // 128,
+        num_key_value_heads=max(1, args.hidden_size // 512),
+        vocab_size=args.vocab_size,
+        max_position_embeddings=MAX_MODEL_LEN,
+        rope_parameters={"rope_type": "default", "rope_theta": 500_000.0},
+        rms_norm_eps=1e-5,
+    )
+    with torch.device(args.device):
+        model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, args.dtype))
+    model = model.eval().requires_grad_(False)
+    if args.device == "cuda":  # as `load_model` does, for the same reason
+        torch.backends.cuda.enable_cudnn_sdp(False)
+    return model
+
+
+def random_prompts(count: int, args: argparse.Namespace) -> list[list[int]]:
+    return [random.Random(i).choices(range(args.vocab_size), k=args.prompt_tokens) for i in range(count)]
+
+
+# The baselines.
+
+
+def measure_generate(model: Any, args: argparse.Namespace) -> dict[str, float]:
+    """`model.generate` as the tutorial calls it, one request after the other."""
+    prompts = [torch.tensor([prompt], device=args.device) for prompt in random_prompts(args.clients, args)]
+
+    def generate(prompt: Tensor, num_tokens: int) -> None:
+        model.generate(
+            prompt, attention_mask=torch.ones_like(prompt), do_sample=True, **SAMPLING,
+            min_new_tokens=num_tokens, max_new_tokens=num_tokens, pad_token_id=0,
+        )  # fmt: skip
+
+    def generate_all() -> None:
+        for prompt in prompts:
+            generate(prompt, args.output_tokens)
+
+    generate(prompts[0], 2)
+    return work_result(args.clients, args.output_tokens, timed(generate_all, args.device))
+
+
+def measure_continuous_batching(model: Any, args: argparse.Namespace) -> dict[str, float]:
+    """transformers' own, with all requests at once, and as much memory as it takes by itself on a GPU."""
+    config = GenerationConfig(
+        max_new_tokens=args.batching_output_tokens,
+        do_sample=True,
+        eos_token_id=-1,
+        pad_token_id=0,
+        **SAMPLING,
+    )
+    prompts = random_prompts(args.batching_clients, args)
+    options: dict[str, Any] = {"generation_config": config, "persistent_manager": True}
+    if args.device == "cpu":
+        blocks = len(prompts) * -(-(args.prompt_tokens + args.batching_output_tokens) // 256)
+        options["continuous_batching_config"] = ContinuousBatchingConfig(num_blocks=2 * blocks + 2)
+    model.generate_batch(prompts, **options)  # warms up
+    answers: dict[str, Any] = {}
+    duration = timed(lambda: answers.update(model.generate_batch(prompts, **options)), args.device)
+    tokens = sum(len(answer.generated_tokens) for answer in answers.values())
+    if tokens != len(prompts) * args.batching_output_tokens:
+        raise RuntimeError(f"it made {tokens} tokens of {len(prompts) * args.batching_output_tokens}")
+    model.destroy_cached_continuous_batching_manager()
+    return work_result(args.batching_clients, args.batching_output_tokens, duration)
+
+
+def work_result(clients: int, output_tokens: int, duration: float) -> dict[str, float]:
+    return {"clients": clients, "duration": duration, "tokens_per_s": clients * output_tokens / duration}
+
+
+# The engine.
+
+
+def make_runner(model: Any, args: argparse.Namespace) -> tuple[ModelRunner, int]:
+    """The runner with as many blocks as the server would have, or as are needed, and their number."""
+    max_num_seqs = max(args.batch)
+    longest = max(args.context) + WARM_UP_STEPS + args.steps
+    needed = max(max_num_seqs * (longest + BLOCK_SIZE), *(n + BLOCK_SIZE for n in args.prefill))
+    model.set_attn_implementation("paged")
+    if args.device == "cpu" and can_pack(model.dtype):  # as `load_model` does
+        pack_layers(model)
+    fit = kv_tokens_that_fit(model, args.max_batch_tokens, max_num_seqs, args.gpu_memory_utilization)
+    num_blocks = min(needed, fit) // BLOCK_SIZE
+    runner = ModelRunner(model, num_blocks=num_blocks, max_num_seqs=max_num_seqs)
     if args.device == "cuda":
-        runner.capture_graphs(batch_size, blocks_each * BLOCK_SIZE)
-    for cache in runner._kv_cache:  # as if the prompts had been computed
+        runner.capture_graphs(max_num_seqs, MAX_MODEL_LEN)
+    for cache in runner._kv_cache:  # as if prompts had been computed
         cache.normal_()
-    shuffled = random.Random(0).sample(range(batch_size * blocks_each), batch_size * blocks_each)
+    return runner, num_blocks
+
+
+def measure_steps(
+    runner: ModelRunner, num_blocks: int, batch_size: int, context: int, args: argparse.Namespace
+) -> float | None:
+    """The median seconds of decode steps, sampled as the tutorial does; None if there are too few blocks."""
+    blocks_each = -(-(context + WARM_UP_STEPS + args.steps) // BLOCK_SIZE)
+    if batch_size * blocks_each > num_blocks:
+        return None
+    shuffled = random.Random(0).sample(range(num_blocks), batch_size * blocks_each)
     sequences = [
         Sequence(
-            random.Random(row).choices(range(128_000), k=args.context + 1),
-            SamplingParams(seed=row),
-            num_computed=args.context,
+            random.Random(row).choices(range(args.vocab_size), k=context + 1),
+            SamplingParams(seed=row, **SAMPLING),
+            num_computed=context,
             block_table=shuffled[row * blocks_each : (row + 1) * blocks_each],
             row=row,
         )
@@ -95,29 +207,157 @@ def measure_steps(model: Any, batch_size: int, args: argparse.Namespace) -> list
             sequence.num_computed += 1
             sequence.append(token_id)
 
-    return [timed(step, args.device) for _ in range(WARM_UP_STEPS + args.steps)][WARM_UP_STEPS:]
+    times = [timed(step, args.device) for _ in range(WARM_UP_STEPS + args.steps)]
+    return statistics.median(times[WARM_UP_STEPS:])
 
 
-@torch.inference_mode()
-def measure_generate(model: Any, args: argparse.Namespace) -> float:
-    """The seconds a token takes in `model.generate`, called as the tutorial does: one sequence at a time."""
-    model.set_attn_implementation("sdpa")
-    # cuDNN's attention plans anew for each length of context, and would make this several times slower.
-    torch.backends.cuda.enable_cudnn_sdp(False)
-    prompt = torch.randint(128_000, (1, args.context), device=args.device)
+def measure_prefill(runner: ModelRunner, num_tokens: int, args: argparse.Namespace) -> float:
+    """The median seconds of the steps in which a prompt is computed, in chunks as the scheduler cuts them."""
 
-    def generate(num_tokens: int) -> None:
-        model.generate(
-            prompt, attention_mask=torch.ones_like(prompt), do_sample=True, temperature=0.5, top_p=0.9,
-            repetition_penalty=1.1, min_new_tokens=num_tokens, max_new_tokens=num_tokens, pad_token_id=0,
-        )  # fmt: skip
+    def prefill() -> None:
+        sequence = Sequence([0] * num_tokens, SamplingParams(**SAMPLING), row=0)
+        sequence.block_table = list(range(-(-num_tokens // BLOCK_SIZE)))
+        while sequence.num_pending:
+            chunk = Chunk(sequence, min(sequence.num_pending, args.max_batch_tokens))
+            runner.run([chunk])
+            sequence.num_computed += chunk.num_tokens
 
-    generate(2)
-    prefill, whole = (timed(partial(generate, n), args.device) for n in (1, 1 + args.steps))
-    return (whole - prefill) / int(args.steps)
+    prefill()
+    return statistics.median(timed(prefill, args.device) for _ in range(3))
 
 
-def main() -> None:
+def prefill_operations(model: Any, num_tokens: int) -> float:
+    """Floating-point operations: two for each weight of a layer and token, the head's for the last token
+    alone, and two for each channel of each query and key it sees, of scores and of values."""
+    config = model.config
+    query, kv = (
+        heads * config.head_dim for heads in (config.num_attention_heads, config.num_key_value_heads)
+    )
+    weights = config.hidden_size * (2 * query + 2 * kv + 3 * config.intermediate_size)
+    attention = 4 * query * num_tokens * (num_tokens + 1) / 2
+    head = 2 * config.hidden_size * config.vocab_size
+    return float(config.num_hidden_layers * (2 * weights * num_tokens + attention) + head)
+
+
+def measure_engine(
+    runner: ModelRunner, num_blocks: int, clients: int, output_tokens: int, args: argparse.Namespace
+) -> dict[str, float]:
+    """The engine, with all requests at once."""
+    params = SamplingParams(max_tokens=output_tokens, ignore_eos=True, **SAMPLING)
+
+    async def read(generation: Generation) -> None:
+        async for _ in generation:
+            pass
+
+    async def work() -> float:
+        engine = Engine(
+            ChatFormat.from_pretrained(DEMO_MODEL),  # a tokenizer is needed, but its text is of no interest
+            Scheduler(
+                BlockPool(num_blocks, BLOCK_SIZE),
+                max_batch_tokens=args.max_batch_tokens,
+                max_num_seqs=max(args.batch),
+            ),
+            runner,
+            thread=ThreadPoolExecutor(1),
+            vocab_size=args.vocab_size,
+            sampling_defaults={},
+            max_model_len=MAX_MODEL_LEN,
+            max_queue=clients,
+            request_timeout=0,
+        )
+        engine.start()
+        started = time.perf_counter()
+        generations = [await engine.complete([prompt], params) for prompt in random_prompts(clients, args)]
+        await asyncio.gather(*map(read, generations))
+        duration = time.perf_counter() - started
+        await engine.stop()
+        return duration
+
+    asyncio.run(work())  # warms up
+    return work_result(clients, output_tokens, asyncio.run(work()))
+
+
+# The report.
+
+
+def baselines(model: Any, args: argparse.Namespace) -> dict[str, dict[str, float]]:
+    """Those that run: transformers' continuous batching may not."""
+    found = {"generate": measure_generate(model, args)}
+    print_work("generate", found["generate"])
+    try:
+        found["continuous_batching"] = measure_continuous_batching(model, args)
+        print_work("continuous batching", found["continuous_batching"])
+    except Exception as error:  # whatever it does not do here is to be read, and ends nothing else
+        print(f"transformers' continuous batching failed: {error!r}", file=sys.stderr, flush=True)
+    gc.collect()
+    if args.device == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+    return found
+
+
+def decode_rows(
+    model: Any, runner: ModelRunner, num_blocks: int, weights: int, hardware: dict[str, float],
+    args: argparse.Namespace,
+) -> list[dict[str, Any]]:  # fmt: skip
+    """One of each batch and context."""
+    rows: list[dict[str, Any]] = []
+    print("batch  context  ms/step  tokens/s  GB to read  of read bandwidth  of copy bandwidth")
+    for context in args.context:
+        for batch_size in args.batch:
+            seconds = measure_steps(runner, num_blocks, batch_size, context, args)
+            if seconds is None:
+                print(f"{batch_size:5}  {context:7}  does not fit into {num_blocks * BLOCK_SIZE} tokens")
+                continue
+            to_read = weights + batch_size * context * kv_bytes_per_token(model)
+            row = {
+                "batch": batch_size,
+                "context": context,
+                "step_s": seconds,
+                "tokens_per_s": batch_size / seconds,
+                "bytes": to_read,
+                "of_read_bandwidth": to_read / seconds / hardware["read"],
+                "of_copy_bandwidth": to_read / seconds / hardware["copy"],
+            }
+            print(
+                f"{batch_size:5}  {context:7}  {1000 * seconds:7.2f}  {row['tokens_per_s']:8.0f}  "
+                f"{to_read / 1e9:10.1f}  {row['of_read_bandwidth']:17.0%}  {row['of_copy_bandwidth']:17.0%}",
+                flush=True,
+            )
+            rows.append(row)
+    return rows
+
+
+def prefill_rows(
+    model: Any, runner: ModelRunner, num_blocks: int, hardware: dict[str, float], args: argparse.Namespace
+) -> list[dict[str, Any]]:
+    """One of each length."""
+    rows: list[dict[str, Any]] = []
+    print("prompt  ms  tokens/s  of the matrix rate")
+    for num_tokens in args.prefill:
+        if num_tokens > num_blocks * BLOCK_SIZE:
+            print(f"{num_tokens:6}  does not fit into {num_blocks * BLOCK_SIZE} tokens")
+            continue
+        seconds = measure_prefill(runner, num_tokens, args)
+        share = prefill_operations(model, num_tokens) / seconds / hardware["matmul"]
+        rows.append({"tokens": num_tokens, "seconds": seconds, "of_matmul": share})
+        print(f"{num_tokens:6}  {1000 * seconds:.1f}  {num_tokens / seconds:.0f}  {share:.0%}", flush=True)
+    return rows
+
+
+def print_work(name: str, result: dict[str, float]) -> None:
+    print(f"{name}, {result['clients']} clients: {result['tokens_per_s']:.1f} tokens/s", flush=True)
+
+
+def peak_memory(device: str) -> int:
+    """Bytes."""
+    if device == "cuda":
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def parse_args() -> argparse.Namespace:
+    """Reads the command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -125,37 +365,65 @@ def main() -> None:
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32"])
     parser.add_argument("--layers", type=int, default=32)
     parser.add_argument("--hidden-size", type=int, default=4096, help="a multiple of 512")
-    parser.add_argument("--context", type=int, default=1000, help="tokens before the first step")
+    parser.add_argument("--vocab-size", type=int, default=128_256)
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 8, 32, 64, 128, 256])
-    parser.add_argument("--steps", type=int, default=50)
-    args = parser.parse_args()
+    parser.add_argument("--context", type=int, nargs="+", default=[128, 1024, 4096], help="before a step")
+    parser.add_argument("--steps", type=int, default=30)
+    parser.add_argument("--prefill", type=int, nargs="+", default=[512, 2048, 8192])
+    parser.add_argument("--max-batch-tokens", type=int, default=2048, help="of a prompt in one step")
+    parser.add_argument("--gpu-memory-utilization", type=float, default=0.9)
+    parser.add_argument("--clients", type=int, default=32, help="against generate")
+    parser.add_argument("--batching-clients", type=int, default=64, help="against continuous batching")
+    parser.add_argument("--prompt-tokens", type=int, default=128, help="of each client")
+    parser.add_argument("--output-tokens", type=int, default=64, help="of each, against generate")
+    parser.add_argument("--batching-output-tokens", type=int, default=256, help="of each, against the other")
+    parser.add_argument("--probe-mib", type=int, default=4096, help="of the copy and the reductions")
+    parser.add_argument("--matmul", type=int, default=8192, help="rows and columns of the matrices")
+    return parser.parse_args()
 
-    bandwidth = measure_bandwidth(args.device)
+
+def main() -> None:
+    args = parse_args()
+    torch.manual_seed(0)
+    hardware = measure_hardware(args)
+    print(
+        f"copy {hardware['copy'] / 1e9:.0f} GB/s, read {hardware['read'] / 1e9:.0f} GB/s, "
+        f"matrix product {hardware['matmul'] / 1e12:.2f} TFLOP/s"
+    )
     model = make_model(args)
     weights = sum(p.nbytes for p in model.parameters()) - model.get_input_embeddings().weight.nbytes
-    print(f"weights {weights / 1e9:.1f} GB a step, copy bandwidth {bandwidth / 1e9:.0f} GB/s")
-    print("batch  ms/step  tokens/s  share of the bandwidth")
-    rows = []
-    for batch_size in args.batch:
-        seconds = statistics.median(measure_steps(model, batch_size, args))
-        bound = (weights + batch_size * args.context * kv_bytes_per_token(model)) / bandwidth
-        rows.append({"batch": batch_size, "step_s": seconds, "share": bound / seconds})
-        print(
-            f"{batch_size:5}  {1000 * seconds:7.2f}  {batch_size / seconds:8.0f}  {bound / seconds:.0%}",
-            flush=True,
-        )
-    generate = measure_generate(model, args)
-    print(f"generate: {1000 * generate:.2f} ms a token, {1 / generate:.0f} tokens/s")
+    print(f"weights read in a step: {weights / 1e9:.2f} GB", flush=True)
+    work = baselines(model, args)
+    runner, num_blocks = make_runner(model, args)
+    decodes = decode_rows(model, runner, num_blocks, weights, hardware, args)
+    prefills = prefill_rows(model, runner, num_blocks, hardware, args)
+    kv_cache = num_blocks * BLOCK_SIZE * kv_bytes_per_token(model)
+    peak = peak_memory(args.device)
+    print(f"peak memory {peak / 1e9:.1f} GB, of which {kv_cache / 1e9:.1f} GB are the KV cache")
+    ratios = {}
+    for name, clients, output_tokens in (
+        ("generate", args.clients, args.output_tokens),
+        ("continuous_batching", args.batching_clients, args.batching_output_tokens),
+    ):
+        ours = work[f"engine_{clients}"] = measure_engine(runner, num_blocks, clients, output_tokens, args)
+        print_work("engine", ours)
+        if name in work:
+            ratios[name] = ours["tokens_per_s"] / work[name]["tokens_per_s"]
+            print(f"that is {ratios[name]:.2f} times {name}")
     result = {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "device": torch.cuda.get_device_name() if args.device == "cuda" else platform.processor(),
+        "device": torch.cuda.get_device_name() if args.device == "cuda" else cpu_model(),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "arguments": vars(args),
-        "bandwidth": bandwidth,
+        "hardware": hardware,
         "weights": weights,
-        "rows": rows,
-        "generate_token_s": generate,
+        "decode": decodes,
+        "prefill": prefills,
+        "peak_memory": peak,
+        "kv_cache": kv_cache,
+        "work": work,
+        "ratios": ratios,
     }
     print(json.dumps(result))
 

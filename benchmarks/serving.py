@@ -2,6 +2,7 @@
 
     python -m benchmarks.serving                              our server against the tutorial's, on the CPU
     python -m benchmarks.serving --url http://127.0.0.1:6006  a server that runs already
+    python -m benchmarks.serving --url ... --served-model M   one of OpenAI's kind: /v1/completions is asked
 
 Each burst sends one request per client, all at the same moment. Every prompt is new, so that no cache
 can know it. An answer that does not have exactly the number of tokens that was asked for ends the run:
@@ -18,6 +19,7 @@ import math
 import os
 import platform
 import shlex
+import signal
 import socket
 import statistics
 import subprocess
@@ -27,13 +29,15 @@ import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
+
+import psutil
 
 from benchmarks.pseudo_words import pseudo_words
 
@@ -44,6 +48,10 @@ START_TIMEOUT = 300.0  # seconds until a server listens
 prompt_seeds = itertools.count(time.time_ns())  # a server that was measured before has not seen them either
 
 
+class ServerError(Exception):
+    """A server that does not start, or does not do what it is asked."""
+
+
 @dataclass(frozen=True)
 class Server:
     """A running server. Without `pid`, its processor time is not measured."""
@@ -51,6 +59,18 @@ class Server:
     name: str
     url: str
     pid: int | None = None
+    model: str | None = None
+    """What it calls its model in /v1/completions, which is asked then; None: POST / is."""
+    fields: Mapping[str, Any] = field(default_factory=dict)
+    """What else is asked of it, as how to sample."""
+
+    def request(self, prompt: str, output_tokens: int) -> tuple[str, str]:
+        """Path and body."""
+        body = {"prompt": prompt, "max_tokens": output_tokens, "stream": True, **self.fields}
+        if self.model is None:
+            return "/", json.dumps(body)
+        options = {"model": self.model, "stream_options": {"include_usage": True}}
+        return "/v1/completions", json.dumps(body | options)
 
 
 @dataclass(frozen=True)
@@ -75,6 +95,16 @@ class Answer:
     def gaps(self) -> list[float]:
         """The times between one event and the next."""
         return [later - earlier for earlier, later in itertools.pairwise(self.event_times)]
+
+
+@dataclass(frozen=True)
+class Burst:
+    """What came of requests that were sent at the same moment. Times are in seconds."""
+
+    answers: list[Answer]
+    duration: float
+    server_cpu: float
+    generator_cpu: float
 
 
 @dataclass(frozen=True)
@@ -103,14 +133,18 @@ class Measurement:
     """How much later than half of that time the median client of a burst had its own: see `print_lag`."""
 
 
-def ask(url: str, prompt: str, output_tokens: int) -> Answer:
-    """Sends one request and reads the answer, spending as little processor time as it can."""
-    connection = http.client.HTTPConnection(urlsplit(url).netloc, timeout=REQUEST_TIMEOUT)
-    body = json.dumps({"prompt": prompt, "max_tokens": output_tokens, "stream": True})
+def ask(server: Server, prompt: str, output_tokens: int) -> Answer:
+    """Sends one request and reads the answer, spending as little processor time as it can.
+
+    Raises:
+        ServerError: if the answer has another number of tokens, or there is none.
+    """
+    connection = http.client.HTTPConnection(urlsplit(server.url).netloc, timeout=REQUEST_TIMEOUT)
+    path, body = server.request(prompt, output_tokens)
     times = []
     last_event = b""
     started = time.perf_counter()
-    connection.request("POST", "/", body, {"Content-Type": "application/json"})
+    connection.request("POST", path, body, {"Content-Type": "application/json"})
     response = connection.getresponse()
     if response.headers.get_content_type() == "text/event-stream":
         for line in response:
@@ -121,44 +155,64 @@ def ask(url: str, prompt: str, output_tokens: int) -> Answer:
         last_event = response.read()
         times.append(time.perf_counter() - started)
     connection.close()
-    usage = json.loads(last_event).get("usage", {}) if response.status == 200 else {}
+    usage = (json.loads(last_event).get("usage") or {}) if response.status == 200 else {}
     if usage.get("completion_tokens") != output_tokens:
-        sys.exit(f"asked {url} for {output_tokens} tokens, got HTTP {response.status}: {last_event.decode()}")
+        raise ServerError(
+            f"asked {server.name} for {output_tokens} tokens, got "
+            f"HTTP {response.status}: {last_event.decode()}"
+        )
+    if server.model is not None:  # the last event, with the usage, comes behind the last token
+        times.pop()
     return Answer(times, usage["prompt_tokens"], usage["completion_tokens"])
 
 
-def send_burst(url: str, clients: int, prompt_words: int, output_tokens: int) -> list[Answer]:
-    """Sends one request from each client at the same moment; returns when all are answered."""
-    prompts = [pseudo_words(prompt_words, next(prompt_seeds)) for _ in range(clients)]
-    ready = threading.Barrier(clients)
+def new_prompts(count: int, words: int) -> list[str]:
+    """Prompts that no server has seen."""
+    return [pseudo_words(words, next(prompt_seeds)) for _ in range(count)]
+
+
+def send_burst(server: Server, prompts: list[str], output_tokens: int) -> Burst:
+    """Sends each prompt from a client of its own, at the same moment; returns when all are answered."""
+    ready = threading.Barrier(len(prompts))
 
     def client(prompt: str) -> Answer:
         ready.wait()
-        return ask(url, prompt, output_tokens)
+        return ask(server, prompt, output_tokens)
 
-    with ThreadPoolExecutor(clients) as pool:
-        return list(pool.map(client, prompts))
+    cpu_before, generator_before = cpu_seconds(server.pid), time.process_time()
+    started = time.perf_counter()
+    with ThreadPoolExecutor(len(prompts)) as pool:
+        answers = list(pool.map(client, prompts))
+    return Burst(
+        answers,
+        duration=time.perf_counter() - started,
+        server_cpu=cpu_seconds(server.pid) - cpu_before,
+        generator_cpu=time.process_time() - generator_before,
+    )
 
 
 def measure(
     server: Server, clients: int, *, repetitions: int, prompt_words: int, output_tokens: int
 ) -> Measurement:
     """Sends `repetitions` bursts of `clients` requests, after a warm-up."""
-    send_burst(server.url, 1, prompt_words, output_tokens)
-    cpu_before, generator_before = cpu_seconds(server.pid), time.process_time()
-    bursts, durations = [], []
-    for _ in range(repetitions):
-        started = time.perf_counter()
-        bursts.append(send_burst(server.url, clients, prompt_words, output_tokens))
-        durations.append(time.perf_counter() - started)
-    tokens = repetitions * clients * output_tokens
+    send_burst(server, new_prompts(1, prompt_words), output_tokens)
+    bursts = [
+        send_burst(server, new_prompts(clients, prompt_words), output_tokens) for _ in range(repetitions)
+    ]
+    return summary(server, bursts)
+
+
+def summary(server: Server, bursts: list[Burst]) -> Measurement:
+    """Of bursts of the same number of clients."""
+    answers = [answer for burst in bursts for answer in burst.answers]
+    tokens = sum(answer.completion_tokens for answer in answers)
     return Measurement(
         server=server.name,
-        clients=clients,
-        tokens_per_s=clients * output_tokens / statistics.median(durations),
-        cpu_per_token=(cpu_seconds(server.pid) - cpu_before) / tokens if server.pid else None,
-        generator_cpu_per_token=(time.process_time() - generator_before) / tokens,
-        **latencies(bursts),
+        clients=len(bursts[0].answers),
+        tokens_per_s=tokens / len(bursts) / statistics.median(burst.duration for burst in bursts),
+        cpu_per_token=sum(burst.server_cpu for burst in bursts) / tokens if server.pid else None,
+        generator_cpu_per_token=sum(burst.generator_cpu for burst in bursts) / tokens,
+        **latencies([burst.answers for burst in bursts]),
     )
 
 
@@ -187,26 +241,45 @@ def percentile(values: Sequence[float], percent: float) -> float:
 
 
 def cpu_seconds(pid: int | None) -> float:
-    """The processor time that a process has used, with that of its ended children; 0 if it is unknown."""
+    """The processor time that a process and its children have used; 0 if it is unknown."""
     if pid is None:
         return 0.0
-    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    return sum(map(int, fields[11:15])) / os.sysconf("SC_CLK_TCK")
+    process = psutil.Process(pid)
+    times = [one.cpu_times() for one in [process, *process.children(recursive=True)]]
+    # Those of ended children count for their parents.
+    return float(sum(t.user + t.system + t.children_user + t.children_system for t in times))
 
 
 @contextmanager
-def start_server(name: str, command: list[str], folder: Path) -> Iterator[Server]:
-    """Runs `command` with a free port as its `--port` until the block ends; its log goes to `folder`."""
+def start_server(
+    name: str,
+    command: list[str],
+    folder: Path,
+    *,
+    variables: Mapping[str, str] | None = None,
+    **of_server: Any,
+) -> Iterator[Server]:
+    """Runs `command` with a free port as its `--port` until the block ends; its log goes to `folder`.
+
+    Args:
+        variables: of its environment, beside ours.
+        of_server: more fields of the `Server`.
+
+    Raises:
+        ServerError: if it does not listen in time.
+    """
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port = listener.getsockname()[1]
     log = folder / f"{name}.log"
     with log.open("wb") as output:
         process = subprocess.Popen(
-            [*command, "--port", str(port)], cwd=ROOT, stdout=output, stderr=subprocess.STDOUT
-        )
+            [*command, "--port", str(port)], cwd=ROOT, stdout=output, stderr=subprocess.STDOUT,
+            env=os.environ | (variables or {}), start_new_session=True,
+        )  # fmt: skip
     try:
         wait_until_listening(port, process, log)
-        yield Server(name, f"http://127.0.0.1:{port}", process.pid if platform.system() == "Linux" else None)
+        pid = process.pid if platform.system() == "Linux" else None
+        yield Server(name, f"http://127.0.0.1:{port}", pid, **of_server)
     finally:
         process.terminate()
         try:
@@ -214,10 +287,16 @@ def start_server(name: str, command: list[str], folder: Path) -> Iterator[Server
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
+        with suppress(ProcessLookupError):  # processes that it has left behind
+            os.killpg(process.pid, signal.SIGKILL)
 
 
 def wait_until_listening(port: int, process: subprocess.Popen[bytes], log: Path) -> None:
-    """Returns when the server accepts connections; ends the run if it has ended or takes too long."""
+    """Returns when the server accepts connections.
+
+    Raises:
+        ServerError: if it has ended or takes too long.
+    """
     deadline = time.monotonic() + START_TIMEOUT
     while time.monotonic() < deadline and process.poll() is None:
         try:
@@ -225,7 +304,7 @@ def wait_until_listening(port: int, process: subprocess.Popen[bytes], log: Path)
             return
         except OSError:
             time.sleep(0.2)
-    sys.exit(f"the server did not start; its log ends with\n{log.read_text()[-2000:]}")
+    raise ServerError(f"the server did not start; its log ends with\n{log.read_text()[-2000:]}")
 
 
 def server_commands(model: Path, threads: int) -> dict[str, list[str]]:
@@ -240,7 +319,7 @@ def server_commands(model: Path, threads: int) -> dict[str, list[str]]:
 def measure_all(args: argparse.Namespace) -> list[Measurement]:
     """Measures the servers that the command line asks for, one after the other."""
     if args.url:
-        return measure_server(Server("url", args.url, args.pid), args)
+        return measure_server(Server("url", args.url, args.pid, args.served_model), args)
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         model = args.model or write_model(folder / "model")
@@ -275,27 +354,31 @@ def measure_server(server: Server, args: argparse.Namespace) -> list[Measurement
     return measurements
 
 
-def ratios(measurements: list[Measurement]) -> dict[int, float]:
-    """Our throughput divided by that of the tutorial's server, for each number of clients."""
+def ratios(measurements: list[Measurement], baseline: str = "tutorial") -> dict[int, float]:
+    """Our throughput divided by that of another server, for each number of clients."""
     throughput = {(m.server, m.clients): m.tokens_per_s for m in measurements}
     return {
-        clients: throughput["ours", clients] / baseline
-        for (server, clients), baseline in throughput.items()
-        if server == "tutorial" and ("ours", clients) in throughput
+        clients: throughput["ours", clients] / theirs
+        for (server, clients), theirs in throughput.items()
+        if server == baseline and ("ours", clients) in throughput
     }
 
 
 def print_table(measurements: list[Measurement]) -> None:
-    """Prints one line per measurement, with times in milliseconds, and the ratios."""
+    """Prints one line per measurement, with times in milliseconds."""
     titles = ["TTFT p50", "TTFT p99", "TPOT p50", "TPOT p99", "CPU/token", "generator CPU/token"]
-    print("server    clients  tokens/s", *titles, "(ms)", sep="  ")
+    print("server        clients  tokens/s", *titles, "(ms)", sep="  ")
     for m in measurements:
         times = [m.ttft_p50, m.ttft_p99, m.tpot_p50, m.tpot_p99, m.cpu_per_token, m.generator_cpu_per_token]
         cells = ["-" if t is None else f"{1000 * t:.1f}" for t in times]
         aligned = [cell.rjust(len(title)) for cell, title in zip(cells, titles, strict=True)]
-        print(f"{m.server:8}  {m.clients:7}  {m.tokens_per_s:8.1f}", *aligned, sep="  ")
-    for clients, ratio in ratios(measurements).items():
-        print(f"{clients} clients: {ratio:.2f} times the throughput of the tutorial's server")
+        print(f"{m.server:12}  {m.clients:7}  {m.tokens_per_s:8.1f}", *aligned, sep="  ")
+
+
+def print_ratios(measurements: list[Measurement], baseline: str = "tutorial") -> None:
+    """Prints by how much our throughput exceeds that of another server."""
+    for clients, ratio in ratios(measurements, baseline).items():
+        print(f"{clients} clients: {ratio:.2f} times the throughput of {baseline}")
 
 
 def print_lag(m: Measurement) -> None:
@@ -351,6 +434,9 @@ def parse_args() -> argparse.Namespace:
     )
     parser.add_argument("--url", help="measure this server instead of starting any")
     parser.add_argument("--pid", type=int, help="its process, to measure its processor time (Linux)")
+    parser.add_argument(
+        "--served-model", help="what it calls its model: /v1/completions is asked, in place of POST /"
+    )
     parser.add_argument("--servers", nargs="+", choices=["tutorial", "ours"], default=["tutorial", "ours"])
     parser.add_argument(
         "--model", type=Path, help="a folder that benchmarks.random_model wrote (default: a new one)"
@@ -367,9 +453,14 @@ def parse_args() -> argparse.Namespace:
 
 def main() -> None:
     """Runs the command line."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # or the servers would be left behind
     args = parse_args()
-    measurements = measure_all(args)
+    try:
+        measurements = measure_all(args)
+    except ServerError as error:
+        sys.exit(str(error))
     print_table(measurements)
+    print_ratios(measurements)
     print_lag(max(measurements, key=lambda m: (m.step is not None, m.clients)))
     print(json.dumps(report(measurements, args)))
 

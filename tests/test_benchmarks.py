@@ -4,22 +4,37 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
+
+import pytest
 
 from benchmarks.random_model import write_random_model
 from tests.conftest import ROOT
 
 
-def test_the_comparison_runs_on_a_small_model(tmp_path: Path) -> None:
-    model = tmp_path / "model"
+@pytest.fixture(scope="module")
+def small_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    model = tmp_path_factory.mktemp("benchmarks") / "model"
     write_random_model(
         model, layers=1, hidden_size=64, intermediate_size=128, heads=4, kv_heads=2, vocab_size=400
     )
-    command = "--clients 1 3 --repetitions 1 --output-tokens 6 --prompt-words 4 --threads 1"
-    output = subprocess.run(
-        [sys.executable, "-m", "benchmarks.serving", "--model", str(model), *command.split()],
-        cwd=ROOT, capture_output=True, text=True, check=True, timeout=300,
-    ).stdout  # fmt: skip
-    result = json.loads(output.splitlines()[-1])
+    return model
+
+
+def run(module: str, flags: str) -> dict[str, Any]:
+    """The result of a benchmark: the last line of its output."""
+    done = subprocess.run(
+        [sys.executable, "-m", f"benchmarks.{module}", *flags.split()],
+        cwd=ROOT, capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return result
+
+
+def test_the_comparison_runs_on_a_small_model(small_model: Path) -> None:
+    work = "--clients 1 3 --repetitions 1 --output-tokens 6 --prompt-words 4 --threads 1"
+    result = run("serving", f"--model {small_model} {work}")
     assert [(m["server"], m["clients"]) for m in result["measurements"]] == [
         ("tutorial", 1),
         ("tutorial", 3),
@@ -28,3 +43,33 @@ def test_the_comparison_runs_on_a_small_model(tmp_path: Path) -> None:
     ]
     assert set(result["ratios"]) == {"1", "3"}
     assert all(m["tokens_per_s"] > 0 for m in result["measurements"])
+
+
+def test_our_server_is_asked_as_its_peers_are(small_model: Path) -> None:
+    work = "--clients 1 2 --rounds 2 --output-tokens 6 --prompt-words 4 --threads 1"
+    result = run("peers", f"--servers ours --model {small_model} {work}")
+    assert [(m["server"], m["clients"]) for m in result["measurements"]] == [("ours", 1), ("ours", 2)]
+    assert all(m["tokens_per_s"] > 0 and m["ttft_p50"] > 0 for m in result["measurements"])
+
+
+def test_the_roofline_runs_on_a_small_model() -> None:
+    shape = "--device cpu --dtype float32 --layers 1 --hidden-size 512 --vocab-size 2000"
+    cells = "--batch 1 2 --context 16 32 --steps 2 --prefill 32 64 --max-batch-tokens 48"
+    work = "--clients 2 --batching-clients 3 --prompt-tokens 12 --output-tokens 4 --batching-output-tokens 5"
+    result = run("decode", f"{shape} {cells} {work} --probe-mib 16 --matmul 256")
+    weights = 4 * (512 * (2 * 512 + 2 * 128 + 3 * 1792) + 2 * 512 + 512 + 512 * 2000)
+    assert result["weights"] == weights
+    kv_bytes = 2 * 128 * 4
+    assert [(row["batch"], row["context"], row["bytes"]) for row in result["decode"]] == [
+        (batch, context, weights + batch * context * kv_bytes) for context in (16, 32) for batch in (1, 2)
+    ]
+    assert [row["tokens"] for row in result["prefill"]] == [32, 64]
+    assert set(result["work"]) == {"generate", "continuous_batching", "engine_2", "engine_3"}
+    assert result["ratios"].keys() == {"generate", "continuous_batching"}
+
+
+def test_streams_at_a_gpus_rates_are_counted_whole() -> None:
+    [rates] = run("http_rates", "--clients 3 --step-ms 20 --output-tokens 30")["rates"]
+    assert rates["clients"] == 3
+    assert 0 < rates["tokens_per_s"] <= 1.05 * 3 / 0.020
+    assert 1 <= rates["tokens_per_event"] < 30
