@@ -38,8 +38,8 @@ from engine.block_pool import BlockPool
 from engine.chat_format import ChatFormat
 from engine.engine import Engine
 from engine.generation import Generation
+from engine.llama import Llama
 from engine.model_runner import ModelRunner, kv_bytes_per_token, kv_tokens_that_fit
-from engine.packed_layers import can_pack, pack_layers
 from engine.scheduler import Chunk, Scheduler
 from engine.sequence import BLOCK_SIZE, SamplingParams, Sequence
 from serving.settings import DEMO_MODEL
@@ -165,16 +165,17 @@ def work_result(clients: int, output_tokens: int, duration: float) -> dict[str, 
 
 
 def make_runner(model: Any, args: argparse.Namespace) -> tuple[ModelRunner, int]:
-    """The runner with as many blocks as the server would have, or as are needed, and their number."""
+    """The runner with as many blocks as the server would have, or as are needed, and their number.
+
+    It takes the weights out of `model`.
+    """
     max_num_seqs = max(args.batch)
     longest = max(args.context) + WARM_UP_STEPS + args.steps
     needed = max(max_num_seqs * (longest + BLOCK_SIZE), *(n + BLOCK_SIZE for n in args.prefill))
-    model.set_attn_implementation("paged")
-    if args.device == "cpu" and can_pack(model.dtype):  # as `load_model` does
-        pack_layers(model)
-    fit = kv_tokens_that_fit(model, args.max_batch_tokens, max_num_seqs, args.gpu_memory_utilization)
+    llama = Llama(model).eval()
+    fit = kv_tokens_that_fit(llama, args.max_batch_tokens, max_num_seqs, args.gpu_memory_utilization)
     num_blocks = min(needed, fit) // BLOCK_SIZE
-    runner = ModelRunner(model, num_blocks=num_blocks, max_num_seqs=max_num_seqs)
+    runner = ModelRunner(llama, num_blocks=num_blocks, max_num_seqs=max_num_seqs)
     if args.device == "cuda":
         runner.capture_graphs(max_num_seqs, MAX_MODEL_LEN)
     for cache in runner._kv_cache:  # as if prompts had been computed

@@ -2,8 +2,8 @@
 
 llguidance does the work, and is imported when the first grammar is asked for. It was chosen by measurement
 (2026-11-23, a vocabulary of 128,256 tokens; xgrammar 0.2.8 and llguidance 1.9.1): 3.1 MB and no dependencies
-where xgrammar brings Triton, 286 MB, on Linux; imported in 10 ms, not 1.2 s; ordinary schemas compiled in 1 to
-133 ms, not in up to 3.3 s. A mask takes 8 to 10 us, where xgrammar takes 6 to 8.
+where xgrammar brings Triton, 286 MB, on Linux; imported in 10 ms, not 1.2 s; ordinary schemas are compiled in
+1 to 133 ms, not in up to 3.3 s. A mask takes 8 to 10 us, where xgrammar takes 6 to 8.
 """
 
 import json
