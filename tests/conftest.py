@@ -1,5 +1,6 @@
 """Real servers for the tests: `python api.py` in a process of its own, over real HTTP."""
 
+import re
 import socket
 import subprocess
 import sys
@@ -19,6 +20,10 @@ torch.set_num_threads(1)
 ROOT = Path(__file__).parent.parent
 START_LIMIT = 120.0
 """Seconds. Importing torch and transformers takes most of it on a small machine."""
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--ray", action="store_true", help="let the servers of the tests be those of Ray Serve")
 
 
 class Server:
@@ -49,7 +54,7 @@ class Server:
     def answers(self) -> bool:
         try:
             return requests.get(f"{self.url}/health", timeout=5).status_code == 200
-        except requests.ConnectionError:
+        except (requests.ConnectionError, requests.Timeout):
             return False
 
     def post(self, **body: object) -> requests.Response:
@@ -60,13 +65,34 @@ class Server:
         self.process.wait()
 
 
+class RayServer(Server):
+    """A running `python deploy/ray_serve.py`, with the cluster that it has started."""
+
+    program = ("deploy/ray_serve.py",)
+
+    @property
+    def log(self) -> str:
+        """As the replicas have written it: Ray puts their names before their lines."""
+        return re.sub(r"^\(\S+ pid=\d+\) ", "", super().log, flags=re.MULTILINE)
+
+    def stop(self) -> None:
+        self.process.terminate()
+        try:
+            self.process.wait(60)
+        finally:
+            super().stop()
+
+
 @pytest.fixture(scope="session")
-def start_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Server]]:
+def start_server(
+    tmp_path_factory: pytest.TempPathFactory, pytestconfig: pytest.Config
+) -> Iterator[Callable[..., Server]]:
     """Starts a server for a model, with flags; all are stopped at the end."""
     servers: list[Server] = []
+    kind = RayServer if pytestconfig.getoption("ray") else Server
 
     def start(model: str | Path, *flags: str) -> Server:
-        servers.append(Server(model, tmp_path_factory.mktemp("server"), *flags))
+        servers.append(kind(model, tmp_path_factory.mktemp("server"), *flags))
         return servers[-1]
 
     yield start
