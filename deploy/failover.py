@@ -22,7 +22,7 @@ def middlewares() -> list[Middleware]:
 
 
 class Failover:
-    """Asks another replica while nothing of an answer is sent, and ends a stream that has begun with an error.
+    """Asks another replica while none of an answer is sent. A stream that has begun ends with an error event.
 
     It asks once: a request that kills replicas must not kill them all.
     """
@@ -45,7 +45,7 @@ class Failover:
             await self._app(scope, request.replay(), answer)
             if answer.has_begun or answer.came_too_late or request.client_left:
                 break
-            answer = _Answer(send, refusals_count=True)
+            answer.refusals_count = True
         if not answer.is_complete and not request.client_left:
             await answer.fail(scope, receive)
 
@@ -73,51 +73,62 @@ class _Request:
 
 
 class _Answer:
-    """An answer on its way to the client. Its head is held back until there is something of its body."""
+    """An answer on its way to the client: one replica's, or another's after it."""
 
-    def __init__(self, send: Send, *, refusals_count: bool = False) -> None:
-        """
-        Args:
-            refusals_count: whether a replica's 429 or 503 is an answer; else it is as if it had not come.
-        """
+    def __init__(self, send: Send) -> None:
         self._send = send
-        self._refusals_count = refusals_count
         self._head: Message = {}
+        self._head_is_sent = False
         self.has_begun = False
+        """Whether something of the body is sent. A stream's head is, as soon as it is there."""
         self.is_complete = False
         self.came_too_late = False
+        self.refusals_count = False
+        """Whether a replica's 429 or 503 is an answer; else it is as if none had come."""
 
     async def __call__(self, message: Message) -> None:
         if message["type"] == "http.response.start":
             self._head = message
+            if self._is_stream:
+                await self._send_head()
             return
         if not self.has_begun:
-            if self._is_refusal(self._head["status"], Headers(raw=self._head["headers"])):
+            if self._is_refusal():
                 return
-            await self._begin()
+            await self._send_head()
+        self.has_begun = True
         self.is_complete = not message.get("more_body", False)
         await self._send(message)
 
-    def _is_refusal(self, status: int, headers: Headers) -> bool:
-        if status in _RAYS_REFUSALS and headers.get("Content-Type", "").startswith("text/plain"):
+    @property
+    def _is_stream(self) -> bool:
+        return Headers(raw=self._head["headers"]).get("Content-Type", "").startswith("text/event-stream")
+
+    def _is_refusal(self) -> bool:
+        status: int = self._head["status"]
+        content_type = Headers(raw=self._head["headers"]).get("Content-Type", "")
+        if status in _RAYS_REFUSALS and content_type.startswith("text/plain"):
             self.came_too_late = status == 408
             return True
-        return status in (429, 503) and not self._refusals_count
+        if self._head_is_sent:  # that of a stream, which only a stream can go on with
+            return not self._is_stream
+        return status in (429, 503) and not self.refusals_count
 
-    async def _begin(self) -> None:
-        self.has_begun = True
-        headers = MutableHeaders(scope=self._head)
-        headers["X-Request-ID"] = headers["X-Request-ID"]  # once: the proxy adds it to the replica's own
-        await self._send(self._head)
+    async def _send_head(self) -> None:
+        if not self._head_is_sent:
+            self._head_is_sent = True
+            headers = MutableHeaders(scope=self._head)
+            headers["X-Request-ID"] = headers["X-Request-ID"]  # once: the proxy adds it to the replica's own
+            await self._send(self._head)
 
     async def fail(self, scope: Scope, receive: Receive) -> None:
         """Tells the client that there will be no answer, or no more of it."""
-        if not self.has_begun:
+        if not self._head_is_sent:
             error = ApiError(503, "no replica can answer at present")
             headers = {"Retry-After": _RETRY_AFTER, "X-Request-ID": Headers(scope=scope)["X-Request-ID"]}
             body = error.body.model_dump_json()
             await Response(body, 503, headers, "application/json")(scope, receive, self._send)
-        elif "text/event-stream" in Headers(scope=self._head)["Content-Type"]:
+        elif self._is_stream:
             error = ApiError(503, "the replica that wrote this answer has stopped")
             event = f"data: {error.body.model_dump_json()}\n\n"
             await self._send({"type": "http.response.body", "body": event.encode()})

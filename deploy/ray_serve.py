@@ -1,23 +1,23 @@
 """The app of api.py on several GPUs and machines, by Ray Serve. docs/scaling.md tells how far it goes.
 
 python deploy/ray_serve.py --model demo --replicas 2    on a cluster of its own, on this machine
-python deploy/ray_serve.py --ray-address auto           on one that runs, and goes on when this has ended
-serve deploy deploy/ray_serve.yaml                      the same, from a file
+python deploy/ray_serve.py --ray-address auto           on one that runs, and keeps it when this has ended
+serve deploy deploy/ray_serve.yaml                      the same from a file
 """
 
 import os
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from serving.settings import Settings, hide_key
 
 if __name__ == "__main__":
     hide_key()
+    # Before Ray is imported, which reads some of it; its processes take it over.
     os.environ |= {
-        "PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]),
+        "PYTHONPATH": os.pathsep.join([sys.path[0], os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep),
         "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "deploy.failover.middlewares",
         "RAY_COLOR_PREFIX": "0",
         "RAY_DEDUP_LOGS": "0",
@@ -41,12 +41,19 @@ from ray.serve.request_router import PendingRequest, RunningReplica
 
 from serving.server import raise_file_limit
 
+log = logging.getLogger("llama")
+
 _NAME = "llama"
-_ENGINE_DECIDES = 65_536
-"""Requests that Ray hands to a replica at once. The engine's own queue is shorter: who is too many gets its 429."""
+_PROGRAM = "ray_serve.py"
+
+_MAX_ONGOING_REQUESTS = 65_536
+"""More than an engine takes: one too many gets the engine's 429, and does not wait in front of it, untold."""
+
+_FOR_A_REPLICA = 30.0
+"""Seconds that a request may wait for one, if none is there, on top of those that its answer may take."""
 
 _WARNINGS_ONLY = {"log_level": "WARNING", "enable_access_log": False}
-"""Of Ray's own lines: each request has one of the app's."""
+"""Of Ray's own lines: the app writes one about each request."""
 
 
 class ClusterSettings(Settings):
@@ -110,63 +117,94 @@ class SessionRouter(ConsistentHashRouter):
 
 
 def build(settings: ClusterSettings) -> serve.Application:
-    """The application, for a cluster that the process is connected to."""
+    """The application, for the cluster that this process is connected to."""
     most = max(settings.replicas, settings.max_replicas)
     scale: dict[str, object] = {"num_replicas": settings.replicas}
     if most > settings.replicas:
-        autoscaling = {"target_ongoing_requests": settings.target_requests}
-        scale = {"autoscaling_config": autoscaling | {"min_replicas": settings.replicas, "max_replicas": most}}
-    available = ray.cluster_resources()
-    if settings.device != "cpu" and "GPU" in available:
+        scale = {
+            "autoscaling_config": {
+                "min_replicas": settings.replicas,
+                "max_replicas": most,
+                "target_ongoing_requests": settings.target_requests,
+            }
+        }
+    there_is = ray.cluster_resources()  # type: ignore[no-untyped-call]
+    if settings.device != "cpu" and "GPU" in there_is:
         share = {"num_gpus": 1.0}
     else:
-        share = {"num_cpus": settings.threads or max(1, available["CPU"] // most)}
-    return Llama.options(
+        share = {"num_cpus": settings.threads or max(1.0, there_is["CPU"] // most)}
+    return Llama.options(  # type: ignore[attr-defined, no-any-return]
         **scale,
         ray_actor_options=share,
-        max_ongoing_requests=_ENGINE_DECIDES,
-        graceful_shutdown_wait_loop_s=0.2,
+        max_ongoing_requests=_MAX_ONGOING_REQUESTS,
         graceful_shutdown_timeout_s=settings.drain_timeout,
-        logging_config=_WARNINGS_ONLY,
+        graceful_shutdown_wait_loop_s=0.2,
         request_router_config={"request_router_class": SessionRouter},
+        logging_config=_WARNINGS_ONLY,
     ).bind(settings)
 
 
-def free_port(settings: Settings) -> int:
-    """The port to listen on.
+def http_options(settings: ClusterSettings) -> dict[str, object]:
+    """Of Ray's proxies."""
+    timeout = settings.request_timeout + _FOR_A_REPLICA if settings.request_timeout else None
+    return {"host": settings.host, "port": settings.port, "request_timeout_s": timeout}
+
+
+def serve_on_cluster(settings: ClusterSettings) -> None:
+    """Puts the app, or a new version of it, on a cluster that runs."""
+    ray.init(address=settings.ray_address, log_to_driver=False)
+    serve.start(http_options=http_options(settings), logging_config=_WARNINGS_ONLY)
+    serve.run(build(settings), name=_NAME)
+
+
+def serve_here(settings: ClusterSettings) -> None:
+    """Serves on a cluster of its own until a signal comes and those in flight are finished.
 
     Raises:
-        OSError: if it can't be had.
+        OSError: if the port can't be had.
     """
-    if settings.ray_address:
-        return settings.port
     with socket.create_server((settings.host, settings.port)) as listener:
-        port: int = listener.getsockname()[1]
-        return port
-
-
-def main() -> None:
-    settings = ClusterSettings.from_command_line()
+        settings = settings.model_copy(update={"port": listener.getsockname()[1]})
     raise_file_limit()
-    if settings.ray_address:
-        ray.init(address=settings.ray_address)
-    else:
-        ray.init(address="local", include_dashboard=False)
-    serve.start(
-        http_options={"host": settings.host, "port": free_port(settings)}, logging_config=_WARNINGS_ONLY
-    )
+    # A replica without a core of its own is slow, but one that waited for it would never come.
+    cores = max(settings.replicas, settings.max_replicas) * max(settings.threads, 1)
+    ray.init(address="local", include_dashboard=False, num_cpus=max(cores, os.cpu_count() or 1))
+    serve.start(http_options=http_options(settings), logging_config=_WARNINGS_ONLY)
     serve.run(build(settings), name=_NAME)
-    print("RUN", ray.get_runtime_context().gcs_address, flush=True)
-    if settings.ray_address:
-        return
     stopped = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stopped.set())
+    log.info(
+        "%d replicas serve on http://%s:%d; Ray's address is %s",
+        settings.replicas, settings.host, settings.port, ray.get_runtime_context().gcs_address,
+    )  # fmt: skip
     stopped.wait()
+    log.info("finishing what is in flight")
     serve.delete(_NAME, _blocking=False)
     while _NAME in serve.status().applications:
         time.sleep(0.1)
     ray.shutdown()
+
+
+def main() -> None:
+    settings = ClusterSettings.from_command_line(program=_PROGRAM)
+    if settings.ray_address:  # where the weights are each node's own matter
+        serve_on_cluster(settings)
+        return
+    from engine.engine import check
+    from serving import logs
+
+    try:
+        check(settings.model_path, settings.device)
+    except ValueError as error:
+        print(f"{_PROGRAM}: {error}", file=sys.stderr)
+        sys.exit(2)
+    logs.configure(settings.log_format)
+    try:
+        serve_here(settings)
+    except (OSError, RuntimeError) as error:
+        print(f"{_PROGRAM}: {error}", file=sys.stderr)
+        sys.exit(1)
 
 
 if __name__ == "__main__":

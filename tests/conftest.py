@@ -72,8 +72,13 @@ class RayServer(Server):
 
     @property
     def log(self) -> str:
-        """As the replicas have written it: Ray puts their names before their lines."""
-        return re.sub(r"^\(\S+ pid=\d+\) ", "", super().log, flags=re.MULTILINE)
+        """As the replicas have written it."""
+        return re.sub(r"^\(\S+ pid=\d+\) ", "", self.prefixed_log, flags=re.MULTILINE)
+
+    @property
+    def prefixed_log(self) -> str:
+        """As Ray passes it on, with the writer's name and pid before each line."""
+        return super().log
 
     def stop(self) -> None:
         self.process.terminate()

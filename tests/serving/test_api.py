@@ -295,7 +295,9 @@ def test_a_client_that_leaves_is_noticed_and_its_request_ended(tiny: Server, str
             connection.recv(10)
         else:
             deadline = time.monotonic() + 30
-            while "llama_num_requests_running 1.0" not in requests.get(f"{tiny.url}/metrics", timeout=30).text:
+            while (
+                "llama_num_requests_running 1.0" not in requests.get(f"{tiny.url}/metrics", timeout=30).text
+            ):
                 assert time.monotonic() < deadline
     line = log_line(tiny, f"left-{streaming:d}")
     assert "finish_reason=aborted" in line
