@@ -78,7 +78,7 @@ class _Answer:
     def __init__(self, send: Send) -> None:
         self._send = send
         self._head: Message = {}
-        self._head_is_sent = False
+        self._sent_head: Message = {}
         self.has_begun = False
         """Whether something of the body is sent. A stream's head is, as soon as it is there."""
         self.is_complete = False
@@ -89,7 +89,7 @@ class _Answer:
     async def __call__(self, message: Message) -> None:
         if message["type"] == "http.response.start":
             self._head = message
-            if self._is_stream:
+            if _is_stream(message):
                 await self._send_head()
             return
         if not self.has_begun:
@@ -100,35 +100,35 @@ class _Answer:
         self.is_complete = not message.get("more_body", False)
         await self._send(message)
 
-    @property
-    def _is_stream(self) -> bool:
-        return Headers(raw=self._head["headers"]).get("Content-Type", "").startswith("text/event-stream")
-
     def _is_refusal(self) -> bool:
         status: int = self._head["status"]
         content_type = Headers(raw=self._head["headers"]).get("Content-Type", "")
         if status in _RAYS_REFUSALS and content_type.startswith("text/plain"):
             self.came_too_late = status == 408
             return True
-        if self._head_is_sent:  # that of a stream, which only a stream can go on with
-            return not self._is_stream
+        if self._sent_head:  # a stream's, which only a stream can go on
+            return not _is_stream(self._head)
         return status in (429, 503) and not self.refusals_count
 
     async def _send_head(self) -> None:
-        if not self._head_is_sent:
-            self._head_is_sent = True
+        if not self._sent_head:
+            self._sent_head = self._head
             headers = MutableHeaders(scope=self._head)
             headers["X-Request-ID"] = headers["X-Request-ID"]  # once: the proxy adds it to the replica's own
             await self._send(self._head)
 
     async def fail(self, scope: Scope, receive: Receive) -> None:
         """Tells the client that there will be no answer, or no more of it."""
-        if not self._head_is_sent:
+        if not self._sent_head:
             error = ApiError(503, "no replica can answer at present")
             headers = {"Retry-After": _RETRY_AFTER, "X-Request-ID": Headers(scope=scope)["X-Request-ID"]}
             body = error.body.model_dump_json()
             await Response(body, 503, headers, "application/json")(scope, receive, self._send)
-        elif self._is_stream:
+        elif _is_stream(self._sent_head):
             error = ApiError(503, "the replica that wrote this answer has stopped")
             event = f"data: {error.body.model_dump_json()}\n\n"
             await self._send({"type": "http.response.body", "body": event.encode()})
+
+
+def _is_stream(head: Message) -> bool:
+    return Headers(raw=head["headers"]).get("Content-Type", "").startswith("text/event-stream")

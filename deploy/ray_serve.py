@@ -16,13 +16,17 @@ from serving.settings import Settings, hide_key
 if __name__ == "__main__":
     hide_key()
     # Before Ray is imported, which reads some of it; its processes take it over.
-    os.environ |= {
-        "PYTHONPATH": os.pathsep.join([sys.path[0], os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep),
+    os.environ["PYTHONPATH"] = os.pathsep.join([sys.path[0], os.environ.get("PYTHONPATH", "")]).rstrip(
+        os.pathsep
+    )
+    for name, value in {
         "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "deploy.failover.middlewares",
+        "RAY_AUTH_MODE": "token",  # who reaches a port of Ray's could run code otherwise
         "RAY_COLOR_PREFIX": "0",
         "RAY_DEDUP_LOGS": "0",
         "RAY_USAGE_STATS_ENABLED": "0",
-    }
+    }.items():
+        os.environ.setdefault(name, value)
 
 import logging
 import random
@@ -30,6 +34,8 @@ import signal
 import socket
 import threading
 import time
+from collections import Counter
+from typing import Any
 
 import ray
 from fastapi import FastAPI
@@ -37,7 +43,7 @@ from pydantic import Field
 from ray import serve
 from ray.serve.experimental.consistent_hash_router import ConsistentHashRouter
 from ray.serve.metrics import Gauge
-from ray.serve.request_router import PendingRequest, RunningReplica
+from ray.serve.request_router import PendingRequest, ReplicaID, RunningReplica
 
 from serving.server import raise_file_limit
 
@@ -105,15 +111,30 @@ class Llama:
 
 
 class SessionRouter(ConsistentHashRouter):
-    """Requests with the same X-Session-ID go to the same replica; others to the less busy of any two."""
+    """Requests with the same X-Session-ID go to the same replica; others to the less busy of any two.
+
+    Busy counts what the proxy has sent it: Ray's own figures lag behind a burst, and send it all one way.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._in_flight: Counter[ReplicaID] = Counter()
 
     async def choose_replicas(
         self, candidate_replicas: list[RunningReplica], pending_request: PendingRequest | None = None
     ) -> list[list[RunningReplica]]:
-        ranks = await super().choose_replicas(candidate_replicas, pending_request)
         if pending_request is None or pending_request.metadata.session_id:
-            return ranks
-        return [random.sample(candidate_replicas, min(2, len(candidate_replicas)))]
+            return await super().choose_replicas(candidate_replicas, pending_request)
+        two = random.sample(candidate_replicas, min(2, len(candidate_replicas)))
+        return [[replica] for replica in sorted(two, key=lambda one: self._in_flight[one.replica_id])]
+
+    def on_send_request(self, replica_id: ReplicaID) -> None:
+        super().on_send_request(replica_id)
+        self._in_flight[replica_id] += 1
+
+    def on_request_completed(self, replica_id: ReplicaID, internal_request_id: str) -> None:
+        super().on_request_completed(replica_id, internal_request_id)
+        self._in_flight[replica_id] -= 1
 
 
 def build(settings: ClusterSettings) -> serve.Application:

@@ -1,6 +1,7 @@
 """The app behind Ray Serve: what its proxies, its routers and its controller make of it, under load.
 
-The API's own tests run against it too: pytest --ray tests/serving/test_api.py tests/serving/test_openai_api.py
+The API's own tests run against it with
+pytest --ray tests/serving/test_api.py tests/serving/test_openai_api.py
 """
 
 import importlib.util
@@ -148,8 +149,8 @@ def test_a_killed_replica_costs_nobody_an_answer_that_had_not_begun(two: RayServ
         back = time.monotonic() - killed
     lost = sum(load.ends.values()) - load.ends["whole"] - load.ends["error event"]
     print(
-        f"a replica killed under load: {load.ends['whole']} whole answers, {load.ends['error event']} streams "
-        f"that had begun ended with an error event, {lost} answers lost that had not; back after {back:.0f} s"
+        f"a replica killed under load: {load.ends['whole']} whole answers, {load.ends['error event']} streams"
+        f" that had begun ended with an error event, {lost} other answers lost; back after {back:.0f} s"
     )
     assert lost == 0, load.ends
     assert load.ends["error event"] <= 4  # the streams that there were
@@ -162,8 +163,8 @@ def test_a_rolling_update_under_load_fails_no_request(two: RayServer, model: Pat
     load = Load(two.url)
     with load.running():
         update = subprocess.run(
-            [sys.executable, "deploy/ray_serve.py", "--model", str(model), "--device", "cpu", "--threads", "1",
-             "--replicas", "2", "--max-queue", "99", "--ray-address", address],
+            [sys.executable, "deploy/ray_serve.py", "--model", str(model), "--device", "cpu",
+             "--threads", "1", "--replicas", "2", "--max-queue", "99", "--ray-address", address],
             cwd=ROOT, capture_output=True, text=True, timeout=170, check=False,
         )  # fmt: skip
         assert update.returncode == 0, update.stderr
@@ -218,9 +219,9 @@ def test_sigterm_finishes_what_is_in_flight_and_stops_what_was_started(two: RayS
 
 # The real server, in whose replicas the device is lost at the hundredth step.
 DYING = """
-import os, sys
+import os, runpy
+os.environ["RAY_AUTH_MODE"] = "token"
 import ray
-from deploy import ray_serve
 
 def lose_the_device():
     from engine.model_runner import ModelRunner
@@ -235,7 +236,7 @@ def lose_the_device():
 
 init = ray.init
 ray.init = lambda **options: init(**options, runtime_env={"worker_process_setup_hook": lose_the_device})
-ray_serve.main()
+runpy.run_path("deploy/ray_serve.py", run_name="__main__")
 """
 
 
@@ -257,10 +258,14 @@ def test_a_replica_whose_engine_dies_is_replaced(model: Path, tmp_path: Path) ->
 
 
 def test_a_wrong_option_is_named_in_one_line_and_nothing_starts() -> None:
-    for flags, named in (("--replicas 0", "--replicas"), ("--model nowhere", "nowhere can't be served")):
-        result = subprocess.run(
+    processes = {
+        named: subprocess.Popen(
             [sys.executable, "deploy/ray_serve.py", *flags.split()],
-            cwd=ROOT, capture_output=True, text=True, timeout=120, check=False,
-        )  # fmt: skip
-        assert (result.returncode, result.stdout) == (2, "")
-        assert re.fullmatch(rf"ray_serve\.py: .*{re.escape(named)}.*\n", result.stderr)
+            cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )
+        for flags, named in (("--replicas 0", "--replicas"), ("--model nowhere", "nowhere can't be served"))
+    }  # fmt: skip
+    for named, process in processes.items():
+        output, error = process.communicate(timeout=120)
+        assert (process.returncode, output) == (2, "")
+        assert re.fullmatch(rf"ray_serve\.py: .*{re.escape(named)}.*\n", error)
