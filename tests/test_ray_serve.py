@@ -20,6 +20,7 @@ import psutil
 import pytest
 import requests
 
+from serving.settings import Settings
 from tests.conftest import ROOT, RayServer
 from tests.models import make_model
 
@@ -269,3 +270,12 @@ def test_a_wrong_option_is_named_in_one_line_and_nothing_starts() -> None:
         output, error = process.communicate(timeout=120)
         assert (process.returncode, output) == (2, "")
         assert re.fullmatch(rf"ray_serve\.py: .*{re.escape(named)}.*\n", error)
+
+
+def test_help_names_the_settings_of_both() -> None:
+    shown = subprocess.run(
+        [sys.executable, "deploy/ray_serve.py", "--help"],
+        cwd=ROOT, capture_output=True, text=True, timeout=120, check=True,
+    ).stdout  # fmt: skip
+    for name in [*Settings.model_fields, "replicas", "max_replicas", "target_requests", "ray_address"]:
+        assert f"--{name.replace('_', '-')} " in shown
