@@ -116,15 +116,16 @@ class SessionRouter(ConsistentHashRouter):
     Busy counts what the proxy has sent it: Ray's own figures lag behind a burst, and send it all one way.
     """
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
+    def initialize_state(self, **options: Any) -> None:
+        super().initialize_state(**options)
         self._in_flight: Counter[ReplicaID] = Counter()
 
     async def choose_replicas(
         self, candidate_replicas: list[RunningReplica], pending_request: PendingRequest | None = None
     ) -> list[list[RunningReplica]]:
+        ranks = await super().choose_replicas(candidate_replicas, pending_request)
         if pending_request is None or pending_request.metadata.session_id:
-            return await super().choose_replicas(candidate_replicas, pending_request)
+            return ranks
         two = random.sample(candidate_replicas, min(2, len(candidate_replicas)))
         return [[replica] for replica in sorted(two, key=lambda one: self._in_flight[one.replica_id])]
 

@@ -140,7 +140,7 @@ def test_a_session_stays_with_its_replica_and_others_go_where_there_is_room(two:
 
 def test_a_killed_replica_costs_nobody_an_answer_that_had_not_begun(two: RayServer) -> None:
     load = Load(two.url)
-    with load.running():
+    with load.running(clients=16):
         until(lambda: load.ends["whole"] > 20)
         victim, survivor = replicas(two)
         victim.kill()
@@ -154,7 +154,7 @@ def test_a_killed_replica_costs_nobody_an_answer_that_had_not_begun(two: RayServ
         f" that had begun ended with an error event, {lost} other answers lost; back after {back:.0f} s"
     )
     assert lost == 0, load.ends
-    assert load.ends["error event"] <= 4  # the streams that there were
+    assert 1 <= load.ends["error event"] <= 8  # as many streams as there were
     assert survivor.pid in {process.pid for process in replicas(two)}
 
 
