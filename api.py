@@ -9,6 +9,7 @@ from serving.settings import Settings, hide_key
 
 if __name__ == "__main__":
     hide_key()  # before the imports below: they take seconds, in which a key could be read
+    Settings.from_command_line()  # and what is wrong with an option is told before them
 
 import asyncio
 import gc
@@ -56,6 +57,7 @@ async def create_answer(request: Request) -> Response:
     return Response(whole.model_dump_json(), media_type="application/json")
 
 
+@router.head("/", include_in_schema=False)
 @router.get("/", responses={200: {"content": {"text/html": {}}}})
 async def describe(request: Request) -> Response:
     """The chat page for browsers; for programs what this server is, and how to ask it."""
@@ -70,6 +72,7 @@ async def describe(request: Request) -> Response:
     }, headers={"Vary": "Accept"})  # fmt: skip
 
 
+@router.head("/health", include_in_schema=False)
 @router.get("/health", responses={503: docs.ERRORS[503]})
 async def health(request: Request) -> JSONResponse:
     """200 while the server can answer, 503 with the reason when it can't."""

@@ -1,18 +1,15 @@
 """Paged attention: each token attends to its own sequence's tokens, wherever their blocks lie.
 
-A step's tokens come packed, one sequence behind the other, without padding. transformers' Llama calls
-`paged_attention` in every layer; the step's `AttentionBatch` reaches it as a keyword argument of the
-model's forward.
+A step's tokens come packed, one sequence behind the other, without padding. Its `AttentionBatch` says what
+belongs together.
 """
 
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
-from transformers import AttentionInterface
+from torch import Tensor
 
 from engine.sequence import BLOCK_SIZE
 
@@ -72,53 +69,29 @@ def causal_mask(num_queries: int, context_len: int, device: torch.device) -> Ten
     return torch.ones(num_queries, context_len, dtype=torch.bool).tril(context_len - num_queries)
 
 
-def paged_attention(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    *,
-    scaling: float,
-    batch: AttentionBatch,
-    **_: Any,
-) -> tuple[Tensor, None]:
-    """Stores a step's keys and values, and attends.
-
-    Args:
-        module: the layer, which knows its number.
-        query: [1, heads, tokens, head_dim]; key, value: [1, kv_heads, tokens, head_dim].
-
-    Returns:
-        [1, tokens, heads, head_dim], and no weights.
+def attend(queries: Tensor, blocks: Tensor, batch: AttentionBatch, scaling: float) -> Tensor:
     """
-    keys_values = torch.stack((key[0], value[0])).permute(2, 0, 1, 3)
-    layer: int = module.layer_idx  # type: ignore[assignment]
-    return attend(batch, layer, query[0].transpose(0, 1), keys_values, scaling).unsqueeze(0), None
-
-
-def attend(batch: AttentionBatch, layer: int, queries: Tensor, keys_values: Tensor, scaling: float) -> Tensor:
-    """Stores a step's keys and values, and attends.
-
     Args:
         queries: [tokens, heads, head_dim].
-        keys_values: [tokens, 2, kv_heads, head_dim].
+        blocks: a layer's cache, in which the step's own keys and values are already.
 
     Returns:
         [tokens, heads, head_dim]
     """
-    blocks = batch.kv_cache[layer]
-    blocks.flatten(0, 1).index_copy_(0, batch.slots, keys_values)
-    output = torch.empty_like(queries, memory_format=torch.contiguous_format)
+    output = torch.empty(queries.shape, dtype=queries.dtype, device=queries.device)
     for contexts in batch.contexts:
-        if blocks.is_cuda:
-            from engine.decode_attention import decode_attention  # Triton comes with torch for CUDA only
-        else:
-            decode_attention = plain_decode_attention
-        output[contexts.queries] = decode_attention(queries[contexts.queries], blocks, contexts, scaling)
+        output[contexts.queries] = _attend_to_contexts(queries[contexts.queries], blocks, contexts, scaling)
     for span in batch.spans:
         output[span.queries] = _attend_to_span(queries[span.queries], blocks, span, scaling)
     return output
+
+
+def _attend_to_contexts(queries: Tensor, blocks: Tensor, contexts: Contexts, scaling: float) -> Tensor:
+    if blocks.is_cuda:
+        from engine.decode_attention import decode_attention  # Triton comes with torch for CUDA only
+
+        return decode_attention(queries, blocks, contexts, scaling)
+    return plain_decode_attention(queries, blocks, contexts, scaling)
 
 
 # Grouped-query attention without repeating the keys for the heads that share them, in two forms.
@@ -164,6 +137,3 @@ def _attend_to_span(query: Tensor, blocks: Tensor, span: Span, scaling: float) -
     grouped = query.view(num_queries, num_kv_heads, group, head_dim).permute(1, 2, 0, 3)
     attended = F.scaled_dot_product_attention(grouped, key, value, attn_mask=span.mask, scale=scaling)
     return attended.permute(2, 0, 1, 3).reshape(num_queries, num_heads, head_dim)
-
-
-AttentionInterface.register("paged", paged_attention)

@@ -18,11 +18,14 @@ _MIN_ROWS = 16
 """The smallest number of rows that the matrix units multiply."""
 
 
-def decode_attention(query: Tensor, blocks: Tensor, contexts: Contexts, scaling: float) -> Tensor:
+def decode_attention(
+    query: Tensor, blocks: Tensor, contexts: Contexts, scaling: float, splits: int | None = None
+) -> Tensor:
     """
     Args:
-        query: [sequences, heads, head_dim].
+        query: [sequences, heads, head_dim], each sequence's heads side by side.
         blocks: a layer's cache, [blocks, block_size, 2, kv_heads, head_dim].
+        splits: parts of a context, a power of two; None: as many as keep the GPU busy.
 
     Returns:
         [sequences, heads, head_dim]
@@ -30,15 +33,13 @@ def decode_attention(query: Tensor, blocks: Tensor, contexts: Contexts, scaling:
     num_seqs, num_heads, head_dim = query.shape
     _, block_size, _, num_kv_heads, _ = blocks.shape
     group = num_heads // num_kv_heads
-    programs = 2 * torch.cuda.get_device_properties(query.device).multi_processor_count
-    splits = min(64, triton.next_power_of_2(max(1, programs // (num_seqs * num_kv_heads))))
+    splits = splits or _choose_splits(num_seqs * num_kv_heads, query.device)
     parts = torch.empty(num_seqs, num_heads, splits, head_dim, dtype=torch.float32, device=query.device)
     stats = torch.empty(num_seqs, num_heads, splits, 2, dtype=torch.float32, device=query.device)
-    query = query.contiguous()
-    output = torch.empty_like(query)
+    output = torch.empty(query.shape, dtype=query.dtype, device=query.device)
     _attend_to_part[(num_seqs, num_kv_heads, splits)](
         query, blocks, contexts.block_tables, contexts.lens, parts, stats,
-        scaling, contexts.block_tables.stride(0),
+        scaling, query.stride(0), contexts.block_tables.stride(0),
         KV_HEADS=num_kv_heads, GROUP=group, ROWS=max(_MIN_ROWS, triton.next_power_of_2(group)),
         HEAD_DIM=head_dim, BLOCK_SIZE=block_size, TOKENS=_TOKENS, SPLITS=splits,
     )  # fmt: skip
@@ -46,10 +47,15 @@ def decode_attention(query: Tensor, blocks: Tensor, contexts: Contexts, scaling:
     return output
 
 
+def _choose_splits(programs: int, device: torch.device) -> int:
+    processors = torch.cuda.get_device_properties(device).multi_processor_count
+    return int(min(64, triton.next_power_of_2(max(1, 2 * processors // programs))))
+
+
 @triton.jit(do_not_specialize=["table_stride"])  # it changes from step to step: one kernel for all
 def _attend_to_part(
     query, blocks, block_tables, lens, parts, stats,
-    scaling, table_stride,
+    scaling, query_stride, table_stride,
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr,
     HEAD_DIM: tl.constexpr, BLOCK_SIZE: tl.constexpr, TOKENS: tl.constexpr, SPLITS: tl.constexpr,
 ):  # fmt: skip
@@ -64,7 +70,8 @@ def _attend_to_part(
     channel = tl.arange(0, HEAD_DIM)
     head = seq * KV_HEADS * GROUP + kv_head * GROUP + row
     is_head = row < GROUP
-    q = tl.load(query + head[:, None] * HEAD_DIM + channel[None, :], mask=is_head[:, None], other=0.0)
+    q_at = query + seq * query_stride + (kv_head * GROUP + row)[:, None] * HEAD_DIM + channel[None, :]
+    q = tl.load(q_at, mask=is_head[:, None], other=0.0)
     highest = tl.full([ROWS], -float("inf"), tl.float32)
     total = tl.zeros([ROWS], tl.float32)
     attended = tl.zeros([ROWS, HEAD_DIM], tl.float32)

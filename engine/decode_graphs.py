@@ -1,4 +1,4 @@
-"""Decode steps on CUDA as graphs: one launch for the forward pass, instead of a thousand from Python."""
+"""Decode steps on CUDA as graphs: one launch for the forward pass, instead of hundreds from Python."""
 
 import logging
 from typing import Any
@@ -7,82 +7,101 @@ import torch
 from torch import Tensor
 
 from engine.attention import AttentionBatch, Contexts
-from engine.sequence import Sequence
+from engine.llama import Llama
+from engine.sequence import BLOCK_SIZE, Sequence
 
 log = logging.getLogger("llama.engine")
 
 
-class DecodeGraphs:
-    """The forward pass of a decode step, captured for 1, 2, 4, 8, ... sequences.
+class DecodeInputs:
+    """What the forward pass of a decode step reads, at places in memory that stay.
 
-    A step is padded to the next of these sizes with sequences of one token, whose keys and values go to a
-    block that is nobody's.
+    A step is padded with sequences of one token, whose keys and values go to a block that is nobody's. Block
+    tables stay on the device, a row for each that runs: only the blocks that a step has added go there.
     """
 
-    def __init__(
-        self, model: Any, kv_cache: list[Tensor], *, max_num_seqs: int, max_blocks: int, idle_block: int
-    ) -> None:
+    def __init__(self, kv_cache: list[Tensor], *, max_num_seqs: int, max_blocks: int) -> None:
         """
         Args:
-            model: as for ModelRunner.
-            kv_cache: as in AttentionBatch.
+            kv_cache: as in AttentionBatch; its last block is for padding.
             max_num_seqs: the most sequences of a step.
             max_blocks: the most blocks of a sequence.
-            idle_block: the block for padding.
         """
-        self._model = model
         self._kv_cache = kv_cache
-        self._idle_block = idle_block
-        device = model.device
-        self._inputs = torch.zeros(3, max_num_seqs, dtype=torch.long, device=device)
-        """Token ids, positions and slots: what a graph reads, and `run` overwrites."""
+        idle_block = len(kv_cache[0]) - 1
+        device = kv_cache[0].device
+        self._padding = (0, 0, idle_block * BLOCK_SIZE, max_num_seqs)
+        self._inputs = torch.zeros(4, max_num_seqs, dtype=torch.long, device=device)
+        """Token ids, positions, slots, and rows of the block tables."""
         self._block_tables = torch.full(
-            (max_num_seqs, max_blocks), idle_block, dtype=torch.int32, device=device
+            (max_num_seqs + 1, max_blocks), idle_block, dtype=torch.int32, device=device
         )
-        self._lens = torch.ones(max_num_seqs, dtype=torch.int32, device=device)
+        self._written: list[tuple[list[int], int]] = [([], 0)] * max_num_seqs
+        """Of each row: whose block table it is, and how many blocks of it are there."""
+
+    def fill(self, sequences: list[Sequence], size: int) -> None:
+        """Writes a step of `sequences`, padded to `size` of them."""
+        self._write_new_blocks(sequences)
+        inputs = [(s.token_ids[-1], s.num_computed, s.slot(s.num_computed), s.row) for s in sequences]
+        inputs += [self._padding] * (size - len(sequences))
+        self._inputs[:, :size].copy_(self._on_device(inputs).T)
+
+    def forward(self, model: Llama, size: int) -> Tensor:
+        """The logits that follow each of the first `size` sequences: [size, vocab_size], float32."""
+        token_ids, positions, slots, rows = self._inputs[:, :size]
+        contexts = Contexts(slice(0, size), self._block_tables[rows], (positions + 1).int())
+        logits: Tensor = model(token_ids, positions, AttentionBatch(self._kv_cache, slots, [contexts], []))
+        return logits
+
+    def _write_new_blocks(self, sequences: list[Sequence]) -> None:
+        new: list[tuple[int, int, int]] = []
+        for sequence in sequences:
+            row, table = sequence.row, sequence.block_table
+            owner, count = self._written[row]
+            if owner is not table:  # each time that it is admitted, a sequence gets another one
+                count = 0
+            if count < len(table):
+                new += [(row, index, table[index]) for index in range(count, len(table))]
+                self._written[row] = table, len(table)
+        if new:
+            rows, indices, blocks = self._on_device(new).T
+            self._block_tables[rows, indices] = blocks.int()
+
+    def _on_device(self, values: list[Any]) -> Tensor:
+        tensor = torch.tensor(values, pin_memory=self._inputs.is_cuda)
+        return tensor.to(self._inputs.device, non_blocking=True)
+
+
+class DecodeGraphs:
+    """The forward pass of a decode step, captured for 1, 2, 4, 8, ... sequences."""
+
+    def __init__(self, model: Llama, inputs: DecodeInputs, *, max_num_seqs: int) -> None:
+        """
+        Args:
+            inputs: what the graphs will read.
+            max_num_seqs: the most sequences of a step.
+        """
+        self._inputs = inputs
         self._graphs: dict[int, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
-        sizes = [1 << n for n in range((max_num_seqs - 1).bit_length())]
         pool = None
-        for size in [max_num_seqs, *reversed(sizes)]:  # the largest first: the others fit into its memory
+        for size in reversed(padded_sizes(max_num_seqs)):  # the others fit into the memory of the largest
             graph = torch.cuda.CUDAGraph()
-            self._forward(size)
+            inputs.forward(model, size)
             with torch.cuda.graph(graph, pool=pool):
-                logits = self._forward(size)
+                logits = inputs.forward(model, size)
             self._graphs[size] = graph, logits
             pool = graph.pool()
-        log.info("captured decode steps of %s sequences", ", ".join(map(str, sorted(self._graphs))))
+            log.info("captured the decode step of %d sequences", size)
 
     def run(self, sequences: list[Sequence]) -> Tensor:
         """The logits of each sequence's next token: [sequences, vocab_size], float32, until the next run."""
         size = min(size for size in self._graphs if size >= len(sequences))
-        padding = size - len(sequences)
-        positions = [sequence.num_computed for sequence in sequences]
-        idle_slot = self._idle_block * self._kv_cache[0].shape[1]
-        inputs = [
-            [sequence.token_ids[-1] for sequence in sequences] + [0] * padding,
-            positions + [0] * padding,
-            [sequence.slot(position) for sequence, position in zip(sequences, positions, strict=True)]
-            + [idle_slot] * padding,
-        ]
-        width = max(len(sequence.block_table) for sequence in sequences)
-        tables = [s.block_table + [self._idle_block] * (width - len(s.block_table)) for s in sequences]
-        tables += [[self._idle_block] * width] * padding
-        lens = [position + 1 for position in positions] + [1] * padding
-        self._inputs[:, :size].copy_(torch.tensor(inputs))
-        self._block_tables[:size, :width].copy_(torch.tensor(tables, dtype=torch.int32))
-        self._lens[:size].copy_(torch.tensor(lens, dtype=torch.int32))
+        self._inputs.fill(sequences, size)
         graph, logits = self._graphs[size]
         graph.replay()
         return logits[: len(sequences)]
 
-    def _forward(self, size: int) -> Tensor:
-        token_ids, positions, slots = self._inputs[:, :size]
-        contexts = Contexts(slice(0, size), self._block_tables[:size], self._lens[:size])
-        output = self._model(
-            input_ids=token_ids.unsqueeze(0),
-            position_ids=positions.unsqueeze(0),
-            batch=AttentionBatch(self._kv_cache, slots, [contexts], []),
-            use_cache=False,
-        )
-        logits: Tensor = output.logits[0].float()
-        return logits
+
+def padded_sizes(max_num_seqs: int) -> list[int]:
+    """The numbers of sequences for which there are graphs: each needs no more than twice its own work."""
+    return [*(1 << n for n in range((max_num_seqs - 1).bit_length())), max_num_seqs]

@@ -28,6 +28,7 @@ from engine.generation import (
     Output,
     PromptTooLongError,
     QueueFullError,
+    SchemaTooComplexError,
 )
 from engine.grammar import Grammar, Grammars
 from engine.model_runner import (
@@ -362,7 +363,8 @@ class Engine:
 
 def _output_of(sequence: Sequence) -> Output | Exception:
     if sequence.error is not None:
-        return GenerationError(sequence.error)
+        is_schemas = sequence.grammar is not None and sequence.grammar.has_failed
+        return (SchemaTooComplexError if is_schemas else GenerationError)(sequence.error)
     logprobs = sequence.logprobs[-1] if sequence.logprobs else None
     return Output(sequence.token_ids[-1], sequence.finish_reason, logprobs)
 
@@ -376,11 +378,14 @@ def check(model: Path, device: str) -> None:
     """Finds in a moment what would keep `load` from serving.
 
     Raises:
-        ValueError: if weights are missing, the tokenizer is not Llama-3's, or the device can't be used.
+        ValueError: if weights are missing, the model is no Llama, its tokenizer not Llama-3's, or the device
+            can't be used.
     """
     if missing := weights.problems(model):
         mend = weights.download_command(model)
         raise ValueError(f"{model} can't be served: {'; '.join(missing)}. Complete it with: {mend}")
+    if (model_type := weights.model_type(model)) != "llama":
+        raise ValueError(f"{model} can't be served: its model_type is {model_type!r}, and not 'llama'")
     ChatFormat.from_pretrained(model)
     choose_device(device)
 

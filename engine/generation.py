@@ -46,6 +46,10 @@ class GenerationError(EngineError):
     """This request failed; the engine goes on."""
 
 
+class SchemaTooComplexError(GenerationError):
+    """The answer can't be continued by its grammar: nobody could tell before."""
+
+
 class DrainingError(EngineError):
     """The server is shutting down, and takes no new requests."""
 

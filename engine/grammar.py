@@ -1,6 +1,9 @@
 """What an answer may still be: a JSON schema as a mask over the vocabulary, token by token.
 
-llguidance does the work, and is imported when the first grammar is asked for.
+llguidance does the work, and is imported when the first grammar is asked for. It was chosen by measurement
+(2026-11-23, a vocabulary of 128,256 tokens; xgrammar 0.2.8 and llguidance 1.9.1): 3.1 MB and no dependencies
+where xgrammar brings Triton, 286 MB, on Linux; imported in 10 ms, not 1.2 s; ordinary schemas compiled in 1 to
+133 ms, not in up to 3.3 s. A mask takes 8 to 10 us, where xgrammar takes 6 to 8.
 """
 
 import json
@@ -59,8 +62,13 @@ class Grammar:
         """One that goes on from here by itself."""
         return Grammar(self._matcher.deep_copy(), self._vocab_size)
 
+    @property
+    def has_failed(self) -> bool:
+        """Whether the answer can't be continued."""
+        return bool(self._matcher.is_error())
+
     def _check(self) -> None:
-        if self._matcher.is_error():
+        if self.has_failed:
             raise GrammarError(f"the schema can't be followed: {_reason(self._matcher.get_error())}")
 
 

@@ -3,17 +3,16 @@
 import sys
 from itertools import groupby
 from pathlib import Path
-from typing import Any
 
 import psutil
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
-from transformers import AutoModelForCausalLM
+from transformers import LlamaForCausalLM
 
 from engine.attention import AttentionBatch, Contexts, Span, causal_mask
-from engine.decode_graphs import DecodeGraphs
-from engine.packed_layers import can_pack, pack_layers
+from engine.decode_graphs import DecodeGraphs, DecodeInputs
+from engine.llama import Llama
 from engine.sampler import Sampler
 from engine.scheduler import Chunk
 from engine.sequence import BLOCK_SIZE, SamplingParams, Sequence
@@ -50,32 +49,29 @@ def choose_dtype(name: str, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if name == "bfloat16" else torch.float32
 
 
-def load_model(model: Path, device: torch.device, dtype: torch.dtype) -> Any:
-    """Loads the causal language model in the folder `model`, with paged attention, onto a device."""
-    loaded = AutoModelForCausalLM.from_pretrained(
-        model, dtype=dtype, device_map={"": device}, attn_implementation="paged", local_files_only=True
+def load_model(model: Path, device: torch.device, dtype: torch.dtype) -> Llama:
+    """Loads the Llama in the folder `model` onto a device."""
+    loaded = LlamaForCausalLM.from_pretrained(
+        model, dtype=dtype, device_map={"": device}, local_files_only=True
     )
     if device.type == "cuda":
         # It plans anew for each length of context, which takes longer than to attend.
         torch.backends.cuda.enable_cudnn_sdp(False)
-    elif can_pack(dtype):
-        pack_layers(loaded)
-    return loaded.eval()
+    return Llama(loaded).eval()
 
 
 class ModelRunner:
     """Runs a model over a paged KV cache."""
 
-    def __init__(self, model: Any, *, num_blocks: int, max_num_seqs: int) -> None:
+    def __init__(self, model: Llama, *, num_blocks: int, max_num_seqs: int) -> None:
         """
         Args:
-            model: a causal language model of transformers, with paged attention.
             num_blocks: blocks of the KV cache.
             max_num_seqs: the most sequences of one step.
         """
         config = model.config
         self._model = model
-        self._device: torch.device = model.device
+        self._device = model.device
         self._sampler = Sampler(max_num_seqs, config.vocab_size, self._device)
         # One block more than there are to allocate: CUDA graphs write their padding there.
         shape = (num_blocks + 1, BLOCK_SIZE, 2, config.num_key_value_heads, config.head_dim)
@@ -87,13 +83,10 @@ class ModelRunner:
 
     def capture_graphs(self, max_num_seqs: int, max_model_len: int) -> None:
         """Makes decode steps on CUDA fast. It takes seconds."""
-        self._graphs = DecodeGraphs(
-            self._model,
-            self._kv_cache,
-            max_num_seqs=max_num_seqs,
-            max_blocks=-(-max_model_len // BLOCK_SIZE),
-            idle_block=len(self._kv_cache[0]) - 1,
+        inputs = DecodeInputs(
+            self._kv_cache, max_num_seqs=max_num_seqs, max_blocks=-(-max_model_len // BLOCK_SIZE)
         )
+        self._graphs = DecodeGraphs(self._model, inputs, max_num_seqs=max_num_seqs)
 
     @torch.inference_mode()
     def run(self, batch: list[Chunk]) -> list[int | None]:
@@ -134,14 +127,12 @@ class ModelRunner:
                 last_row[chunk] = len(token_ids) - 1
             if likeness != _PROMPT:
                 contexts.append(self._contexts(chunks, start))
-        output = self._model(
-            input_ids=self._tensor(token_ids).unsqueeze(0),
-            position_ids=self._tensor(positions).unsqueeze(0),
-            logits_to_keep=self._tensor([last_row[chunk] for chunk in batch if chunk.samples]),
-            batch=AttentionBatch(self._kv_cache, self._tensor(slots), contexts, spans),
-            use_cache=False,
+        logits: Tensor = self._model(
+            self._tensor(token_ids),
+            self._tensor(positions),
+            AttentionBatch(self._kv_cache, self._tensor(slots), contexts, spans),
+            self._tensor([last_row[chunk] for chunk in batch if chunk.samples]),
         )
-        logits: Tensor = output.logits[0].float()
         return logits
 
     @property
@@ -181,7 +172,7 @@ class ModelRunner:
         return torch.tensor(values, dtype=torch.long, device=self._device)
 
 
-def kv_bytes_per_token(model: Any) -> int:
+def kv_bytes_per_token(model: Llama) -> int:
     """Bytes that a token's keys and values take in all layers."""
     config = model.config
     per_layer = 2 * config.num_key_value_heads * config.head_dim * model.dtype.itemsize
@@ -189,7 +180,7 @@ def kv_bytes_per_token(model: Any) -> int:
 
 
 def kv_tokens_that_fit(
-    model: Any, max_batch_tokens: int, max_num_seqs: int, gpu_memory_utilization: float
+    model: Llama, max_batch_tokens: int, max_num_seqs: int, gpu_memory_utilization: float
 ) -> int:
     """Tokens of KV cache for which there is memory beside the model and what a step needs.
 
@@ -209,7 +200,7 @@ def kv_tokens_that_fit(
     return max(0, usable) // kv_bytes_per_token(model)
 
 
-def _run_largest_step(model: Any, max_batch_tokens: int, max_num_seqs: int) -> None:
+def _run_largest_step(model: Llama, max_batch_tokens: int, max_num_seqs: int) -> None:
     num_blocks = -(-max_batch_tokens // BLOCK_SIZE)
     runner = ModelRunner(model, num_blocks=num_blocks, max_num_seqs=max_num_seqs)
     decodes = [Sequence([0], SamplingParams(), block_table=[0], row=row) for row in range(max_num_seqs - 1)]

@@ -3,13 +3,55 @@
 import struct
 from collections.abc import Sequence as Seq
 from hashlib import blake2b
+from typing import NamedTuple, Self
 
 import numpy
 import torch
 from torch import Tensor
 
 from engine.grammar import unpack
-from engine.sequence import Logprobs, SamplingParams, Sequence, TokenLogprob
+from engine.sequence import Logprobs, Sequence, TokenLogprob
+
+
+class Knobs(NamedTuple):
+    """The parameters of a step's sequences, each [sequences], on the sampler's device."""
+
+    rows: Tensor
+    repetition: Tensor
+    presence: Tensor
+    frequency: Tensor
+    temperature: Tensor
+    """0 is greedy."""
+    top_k: Tensor
+    """The vocabulary's size is off."""
+    top_p: Tensor
+    """1 is off."""
+    min_p: Tensor
+    uniform: Tensor
+    """The number that each draws with."""
+
+    @classmethod
+    def of(cls, sequences: Seq[Sequence], vocab_size: int, device: torch.device) -> Self:
+        """Brings all of them to the device at once: a float keeps every row and rank."""
+        values = [
+            (
+                sequence.row,
+                # A logit divided by less would not be a number.
+                max(params.repetition_penalty, 1e-6),
+                params.presence_penalty,
+                params.frequency_penalty,
+                0 if params.is_greedy else params.temperature,
+                min(params.top_k or vocab_size, vocab_size),
+                params.top_p,
+                params.min_p,
+                0 if params.is_greedy else draw_uniform(params.seed, sequence.num_output_tokens),
+            )
+            for sequence in sequences
+            for params in (sequence.params,)
+        ]
+        table = torch.tensor(values, dtype=torch.float32, pin_memory=device.type == "cuda")
+        rows, *others = table.to(device, non_blocking=True).T.contiguous()
+        return cls(rows.long(), *others)
 
 
 class Sampler:
@@ -34,41 +76,37 @@ class Sampler:
             sequence has failed, and no other.
         """
         raw = logits
-        penalized = [i for i, sequence in enumerate(sequences) if sequence.params.penalizes]
-        if penalized:
-            logits = self._penalize(logits, penalized, sequences)
+        knobs = Knobs.of(sequences, logits.shape[1], logits.device)
+        penalizes = any(sequence.params.penalizes for sequence in sequences)
+        if penalizes:
+            logits = self._penalize(logits, knobs, sequences)
         if restricted := [i for i, sequence in enumerate(sequences) if sequence.is_restricted]:
             logits = _restrict(logits, restricted, sequences)
-        is_number = logits.amax(-1).isfinite()
-        token_ids = _choose(logits, sequences)
-        if penalized:
-            self._count(token_ids, penalized, sequences)
-        sampled = [
-            token_id if token_id >= 0 else None for token_id in token_ids.where(is_number, -1).tolist()
-        ]
+        token_ids = _choose(logits, knobs, sequences)
+        if penalizes:  # where none was chosen, -1, a sequence has failed, and its row counts no more
+            self._output_counts[knobs.rows, token_ids] += 1
+        sampled = [token_id if token_id >= 0 else None for token_id in token_ids.tolist()]
         if reported := [i for i, sequence in enumerate(sequences) if sequence.params.logprobs is not None]:
             _report(raw, sampled, reported, sequences)
         return sampled
 
-    def _penalize(self, logits: Tensor, penalized: list[int], sequences: Seq[Sequence]) -> Tensor:
+    def _penalize(self, logits: Tensor, knobs: Knobs, sequences: Seq[Sequence]) -> Tensor:
         """Repetition penalty as in transformers' RepetitionPenaltyLogitsProcessor; presence and frequency
         penalty as in OpenAI's API reference."""
-        for i in penalized:
-            self._claim_row(sequences[i])
-        rows = torch.tensor([sequences[i].row for i in penalized], device=logits.device)
-        index = torch.tensor(penalized, device=logits.device)
-        params = [sequences[i].params for i in penalized]
-        # A logit divided by less would not be a number.
-        repetition = _column([max(p.repetition_penalty, 1e-6) for p in params], logits)
-        presence = _column([p.presence_penalty for p in params], logits)
-        frequency = _column([p.frequency_penalty for p in params], logits)
+        for sequence in sequences:
+            self._claim_row(sequence)
+        rows, repetition, presence, frequency, *_ = knobs
+        if logits.is_cuda:
+            from engine.sample_kernels import penalize  # Triton comes with torch for CUDA only
 
+            return penalize(
+                logits, rows, self._in_prompt, self._output_counts, repetition, presence, frequency
+            )
         counts = self._output_counts[rows]
         seen = self._in_prompt[rows] | (counts > 0)
-        chosen = logits[index]
-        chosen = torch.where(seen, torch.where(chosen < 0, chosen * repetition, chosen / repetition), chosen)
-        chosen -= frequency * counts + presence * (counts > 0)
-        return logits.index_copy(0, index, chosen)
+        factor = repetition.unsqueeze(1)
+        logits = torch.where(seen, torch.where(logits < 0, logits * factor, logits / factor), logits)
+        return logits - (frequency.unsqueeze(1) * counts + presence.unsqueeze(1) * (counts > 0))
 
     def _claim_row(self, sequence: Sequence) -> None:
         """Fills a sequence's row, if it was another's before. One that was preempted comes with an answer."""
@@ -76,16 +114,13 @@ class Sampler:
         if self._owners[row] is sequence:
             return
         self._owners[row] = sequence
+        if not sequence.params.penalizes:
+            return
         token_ids = torch.tensor(sequence.token_ids, device=self._in_prompt.device)
         self._in_prompt[row] = False
         self._in_prompt[row, token_ids[: sequence.num_prompt_tokens]] = True
         output_ids = token_ids[sequence.num_prompt_tokens :]
         self._output_counts[row] = torch.bincount(output_ids, minlength=self._output_counts.shape[1])
-
-    def _count(self, token_ids: Tensor, penalized: list[int], sequences: Seq[Sequence]) -> None:
-        rows = torch.tensor([sequences[i].row for i in penalized], device=token_ids.device)
-        index = torch.tensor(penalized, device=token_ids.device)
-        self._output_counts[rows, token_ids[index]] += 1
 
 
 def _restrict(logits: Tensor, restricted: list[int], sequences: Seq[Sequence]) -> Tensor:
@@ -134,65 +169,48 @@ def draw_uniform(seed: int, counter: int) -> float:
     return ((int.from_bytes(digest, "little") >> 8) + 1) / (1 << 24)
 
 
-def _choose(logits: Tensor, sequences: Seq[Sequence]) -> Tensor:
-    """Token ids, [sequences]. The vocabulary is sorted only for those whose parameters rank it."""
-    token_ids = logits.argmax(-1)
-    for draw, truncates in ((_draw, False), (_draw_truncated, True)):
-        chosen = [
-            i
-            for i, sequence in enumerate(sequences)
-            if not sequence.params.is_greedy and sequence.params.truncates == truncates
-        ]
-        if chosen:
-            index = torch.tensor(chosen, device=logits.device)
-            params = [sequences[i].params for i in chosen]
-            uniform = _column(
-                [draw_uniform(sequences[i].params.seed, sequences[i].num_output_tokens) for i in chosen],
-                logits,
-            )
-            scaled = logits[index] / _column([p.temperature for p in params], logits)
-            token_ids[index] = draw(scaled, uniform, params)
-    return token_ids
+def _choose(logits: Tensor, knobs: Knobs, sequences: Seq[Sequence]) -> Tensor:
+    """Token ids, [sequences]; -1 where the logits are not numbers.
+
+    The vocabulary is sorted only where somebody's parameters rank it, and on CUDA never.
+    """
+    *_, temperature, top_k, top_p, min_p, uniform = knobs
+    if logits.is_cuda:
+        from engine.sample_kernels import choose
+
+        return choose(logits, temperature, top_k, top_p, min_p, uniform)
+    highest, token_ids = logits.max(-1)
+    if not all(sequence.params.is_greedy for sequence in sequences):
+        probs = (logits / temperature.clamp(min=1e-6).unsqueeze(1)).softmax(-1)
+        if any(sequence.params.truncates for sequence in sequences):
+            probs *= probs >= _least_kept(probs, top_k.long(), top_p, min_p)
+        token_ids = torch.where(temperature > 0, _invert(probs, uniform), token_ids)
+    return token_ids.where(highest.isfinite(), -1)
 
 
-def _draw(logits: Tensor, uniform: Tensor, params: list[SamplingParams]) -> Tensor:
-    """Draws from the whole vocabulary. logits: [n, vocab_size]; uniform: [n, 1]. Returns [n]."""
-    return _invert(logits.softmax(-1), uniform)
+def _least_kept(probs: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor) -> Tensor:
+    """The least probability that top-k, top-p and min-p leave.
 
+    Args:
+        probs: [n, vocab_size]; top_k, top_p, min_p: [n].
 
-def _draw_truncated(logits: Tensor, uniform: Tensor, params: list[SamplingParams]) -> Tensor:
-    """Draws from what top-k, top-p and min-p leave. logits: [n, vocab_size]; uniform: [n, 1]. Returns [n]."""
-    vocab_size = logits.shape[1]
-    # A sum of probabilities may round to 1 before its end: where top-p is off, nothing is to be cut.
-    top_p = _column([p.top_p if p.top_p < 1 else 2.0 for p in params], logits)
-    top_k = torch.tensor([[min(p.top_k or vocab_size, vocab_size)] for p in params], device=logits.device)
-    min_p = _column([p.min_p for p in params], logits)
-
-    probs = logits.softmax(-1)
-    ranked = _sort_descending(probs)
-    rank = torch.arange(vocab_size, device=logits.device)
+    Returns:
+        [n, 1]
+    """
+    ranked = torch.from_numpy(numpy.sort(probs.numpy())).flip(-1)  # several times as fast as torch's
     cumulated = ranked.cumsum(-1)
-    of_top_k = cumulated.gather(1, top_k - 1)
-    num_kept = ((rank < top_k) & (cumulated - ranked < top_p * of_top_k)).sum(-1, keepdim=True).clamp(min=1)
-    least = ranked.gather(1, num_kept - 1).maximum(min_p * ranked[:, :1])
-    return _invert(probs * (probs >= least), uniform)
-
-
-def _sort_descending(values: Tensor) -> Tensor:
-    """Sorts each row."""
-    if values.is_cuda:
-        return values.sort(descending=True).values
-    return torch.from_numpy(numpy.sort(values.numpy())).flip(-1)  # several times as fast as torch's
+    rank = torch.arange(probs.shape[1])
+    of_top_k = cumulated.gather(1, top_k.unsqueeze(1) - 1)
+    # A sum of probabilities may round to 1 before its end: where top-p is off, nothing is to be cut.
+    share = top_p.where(top_p < 1, 2.0).unsqueeze(1)
+    is_kept = (rank < top_k.unsqueeze(1)) & (cumulated - ranked < share * of_top_k)
+    num_kept = is_kept.sum(-1, keepdim=True).clamp(min=1)
+    return ranked.gather(1, num_kept - 1).maximum(min_p.unsqueeze(1) * ranked[:, :1])
 
 
 def _invert(probs: Tensor, uniform: Tensor) -> Tensor:
-    """Where the cumulated `probs`, [n, m], reach the share `uniform`, [n, 1], of their sum. Returns [n]."""
+    """Where the cumulated `probs`, [n, m], reach the share `uniform`, [n], of their sum. Returns [n]."""
     cumulated = probs.cumsum(-1)
-    index = torch.searchsorted(cumulated, uniform * cumulated[:, -1:])
+    index = torch.searchsorted(cumulated, uniform.unsqueeze(1) * cumulated[:, -1:])
     # Only where probs are not numbers, and the result is not used, does nothing reach it.
     return index.clamp(max=probs.shape[1] - 1).squeeze(1)
-
-
-def _column(values: list[float], like: Tensor) -> Tensor:
-    """[n, 1], of the type and on the device of `like`."""
-    return torch.tensor(values, dtype=like.dtype, device=like.device).unsqueeze(1)

@@ -91,6 +91,11 @@ def sampling_defaults(model: Path) -> dict[str, float]:
     return {name: advice[name] for name in names if advice.get(name) is not None}
 
 
+def model_type(model: Path) -> str:
+    """The architecture that config.json names, as transformers calls it; empty if it names none."""
+    return str(_read_json(model / "config.json").get("model_type", ""))
+
+
 def shard_names(model: Path) -> list[str]:
     """The names of the safetensors files that hold the weights, as transformers would choose them.
 

@@ -21,6 +21,7 @@ from engine.generation import (
     InvalidPromptError,
     PromptTooLongError,
     QueueFullError,
+    SchemaTooComplexError,
     SlowReaderError,
 )
 from serving.metrics import Metrics, Reason
@@ -141,6 +142,8 @@ def to_api_error(error: Exception, request_id: str) -> ApiError:
             return ApiError(504, str(error))
         case SlowReaderError():
             return ApiError(408, str(error))
+        case SchemaTooComplexError():
+            return ApiError(400, f"response_format: {error}", param="response_format")
         case GenerationError():
             return ApiError(500, f"request {request_id} failed in the engine")
     log.error("request %s failed", request_id, exc_info=error)

@@ -3,6 +3,7 @@
 import asyncio
 import logging
 import os
+import re
 import signal
 import socket
 import sys
@@ -13,6 +14,8 @@ import uvicorn
 from starlette.types import ASGIApp
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
+from serving.errors import ApiError
+
 log = logging.getLogger("llama.serving")
 
 _HEAD_BYTES = 65_536
@@ -21,6 +24,8 @@ _OPEN_FILES = 65_536
 _STALL_SECONDS = 60.0
 _LAST_BYTES_SECONDS = 5
 """For what is already answered to reach its readers, before the process ends."""
+_UPGRADE = re.compile(rb"(?i)(?<=\r\nupgrad)e(?=[ \t]*:)")
+"""What makes a field of a head an offer to speak another protocol: HTTP/2 by Java's client, WebSockets."""
 
 
 class BoundedProtocol(HttpToolsProtocol):
@@ -28,6 +33,7 @@ class BoundedProtocol(HttpToolsProtocol):
 
     _head_bytes = 0
     _head_timer: asyncio.TimerHandle | None = None
+    _in_body = False
     _in_trailers = False
     _stall_timer: asyncio.TimerHandle | None = None
 
@@ -41,6 +47,7 @@ class BoundedProtocol(HttpToolsProtocol):
 
     def on_headers_complete(self) -> None:
         self._end_head()
+        self._in_body = True
         super().on_headers_complete()
 
     def on_chunk_header(self) -> None:
@@ -52,7 +59,7 @@ class BoundedProtocol(HttpToolsProtocol):
         super().on_body(body)
 
     def on_message_complete(self) -> None:
-        self._in_trailers = False
+        self._in_body = self._in_trailers = False
         super().on_message_complete()
 
     def pause_writing(self) -> None:
@@ -69,11 +76,21 @@ class BoundedProtocol(HttpToolsProtocol):
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
+        if not self._in_body:
+            # The parser takes such an offer for accepted, and drops the body. It need not be accepted.
+            head, blank, rest = data.partition(b"\r\n\r\n")
+            data = _UPGRADE.sub(b"-", head) + blank + rest
         super().data_received(data)
         if self._head_timer is not None or self._in_trailers:
             self._head_bytes += len(data)
             if self._head_bytes > _HEAD_BYTES:
                 self._refuse_head()
+
+    def send_400_response(self, msg: str) -> None:
+        body = ApiError(400, msg).body.model_dump_json()
+        head = f"content-type: application/json\r\ncontent-length: {len(body)}\r\nconnection: close"
+        self.transport.write(f"HTTP/1.1 400 Bad Request\r\n{head}\r\n\r\n{body}".encode("ascii"))
+        self.transport.close()
 
     def _begin_head(self) -> None:
         if self._head_timer is None:
@@ -156,6 +173,7 @@ def serve(app: ASGIApp, *, host: str, port: int, drain: Callable[[], Awaitable[N
         host=host,
         port=port,
         http=BoundedProtocol,
+        ws="none",
         access_log=False,
         log_config=None,
         timeout_graceful_shutdown=2 * _LAST_BYTES_SECONDS,

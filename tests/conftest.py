@@ -1,17 +1,28 @@
 """Real servers for the tests: `python api.py` in a process of its own, over real HTTP."""
 
+import json
+import os
 import re
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 import requests
+
+if not Path("/proc/driver/nvidia").exists():
+    os.environ["TRITON_INTERPRET"] = "1"  # before Triton is imported, as torch does where it is installed
+
 import torch
 
+from benchmarks.soak import read_metrics
 from tests.models import make_model
 
 # Tiny tensors: handing them out to other threads takes longer than the work.
@@ -20,6 +31,61 @@ torch.set_num_threads(1)
 ROOT = Path(__file__).parent.parent
 START_LIMIT = 120.0
 """Seconds. Importing torch and transformers takes most of it on a small machine."""
+LIMIT = 120.0
+"""Seconds in which what should happen must have happened."""
+LONG = {"prompt": "x", "max_tokens": 8000, "temperature": 0}
+"""What `long_model` is asked, to be in the middle of an answer: it takes it many seconds, if it is let."""
+
+
+def until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + LIMIT
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def read_events(response: requests.Response) -> Iterator[Any]:
+    for line in response.iter_lines():
+        if line:
+            assert line.startswith(b"data: ")
+            data = line.removeprefix(b"data: ").decode()
+            yield data if data == "[DONE]" else json.loads(data)
+
+
+@contextmanager
+def posted(server: "Server", **body: object) -> Iterator[socket.socket]:
+    """A request of a client that does not read, and leaves at the end."""
+    data = json.dumps(body).encode()
+    with socket.create_connection(("127.0.0.1", server.port)) as connection:
+        connection.sendall(b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n%b" % (len(data), data))
+        yield connection
+
+
+@contextmanager
+def occupied(server: "Server", places: int) -> Iterator[None]:
+    """Long answers that take so many places of `slow_server`, four of which are such that they run."""
+    with ExitStack() as clients:
+        for number in range(1, places + 1):
+            clients.enter_context(posted(server, **LONG))
+            until(lambda number=number: server.load == (min(number, 4), max(0, number - 4)))
+        yield
+    until(lambda: server.load == (0, 0))
+
+
+def begin(url: str, executor: ThreadPoolExecutor, **body: object) -> "Future[list[Any]]":
+    """A stream whose first event has come, and that is read on; the future is of its other events."""
+    begun = threading.Event()
+
+    def read() -> list[Any]:
+        with requests.post(url, json=body | {"stream": True}, stream=True, timeout=LIMIT) as response:
+            events = read_events(response)
+            next(events)
+            begun.set()
+            return list(events)
+
+    future = executor.submit(read)
+    assert begun.wait(LIMIT)
+    return future
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -56,6 +122,12 @@ class Server:
             return requests.get(f"{self.url}/health", timeout=5).status_code == 200
         except (requests.ConnectionError, requests.Timeout):
             return False
+
+    @property
+    def load(self) -> tuple[float, float]:
+        """How many answers are computed, and how many wait for it."""
+        metrics = read_metrics(self.url)
+        return metrics["llama_num_requests_running"], metrics["llama_num_requests_waiting"]
 
     def post(self, **body: object) -> requests.Response:
         return requests.post(self.url, json=body, timeout=120)
@@ -106,6 +178,21 @@ def start_server(
 
 
 @pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model with random weights over single bytes, whose answers go on until they are told to end."""
+    return make_model(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="session")
+def long_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same with a context of 8192 tokens: there is time to do something while it answers."""
+    return make_model(tmp_path_factory.mktemp("long"), context=8192)
+
+
+# A start takes seconds: these servers are shared by all tests that do not end them.
+
+
+@pytest.fixture(scope="session")
 def server(start_server: Callable[..., Server]) -> Server:
     """The demo model, served."""
     return start_server("demo")
@@ -118,6 +205,26 @@ def demo_server(server: Server) -> str:
 
 
 @pytest.fixture(scope="session")
-def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model with random weights, whose answers go on until they are told to end."""
-    return make_model(tmp_path_factory.mktemp("model"))
+def tiny_server(start_server: Callable[..., Server], tiny_model: Path) -> Server:
+    """A context of 512 tokens, small bodies, two names."""
+    return start_server(
+        tiny_model, "--served-model-name", "tiny,meta-llama/Tiny", "--max-queue", "16",
+        "--max-num-seqs", "16", "--max-body-bytes", "100000", "--log-format", "json",
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def short_server(start_server: Callable[..., Server], tiny_model: Path) -> Server:
+    """A context so short that no request takes long, and a log that has everything in it."""
+    return start_server(
+        tiny_model, "--served-model-name", "tiny", "--max-model-len", "64",
+        "--log-format", "json", "--log-content",
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def slow_server(start_server: Callable[..., Server], long_model: Path) -> Server:
+    """Four answers run and four wait, and they take many seconds, if they are let."""
+    return start_server(
+        long_model, "--served-model-name", "tiny", "--max-num-seqs", "4", "--max-queue", "4", "--log-content"
+    )

@@ -361,10 +361,10 @@ class Terminal:
 
     def press_until_it_ends(self, keys: bytes) -> int:
         """Returns the exit code. Python misses a Ctrl-C that comes just before it waits for input."""
-        for _ in range(6):
+        for _ in range(30):
             self.press(keys)
             with suppress(subprocess.TimeoutExpired):
-                return self.process.wait(5)
+                return self.process.wait(1)
         raise AssertionError("client.py did not end")
 
     def close(self) -> None:

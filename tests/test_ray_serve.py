@@ -12,7 +12,7 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -21,7 +21,7 @@ import pytest
 import requests
 
 from serving.settings import Settings
-from tests.conftest import ROOT, RayServer
+from tests.conftest import ROOT, RayServer, until
 from tests.models import make_model
 
 pytestmark = pytest.mark.skipif(
@@ -29,8 +29,6 @@ pytestmark = pytest.mark.skipif(
 )
 
 REPLICA = "ray::ServeReplica"
-BACK_AGAIN = 120.0
-"""Seconds. A replica imports torch, on a machine that is busy with the load."""
 
 
 @pytest.fixture(scope="module")
@@ -98,13 +96,6 @@ class Load:
                 thread.join()
 
 
-def until(holds: Callable[[], bool], seconds: float = BACK_AGAIN) -> None:
-    deadline = time.monotonic() + seconds
-    while not holds():
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
-
-
 def answering(server: RayServer) -> set[str]:
     """The processes that answer a few requests, by Ray's prefix of their lines in the log."""
     ids = [f"who-{time.monotonic_ns()}-{n}" for n in range(8)]
@@ -122,7 +113,7 @@ def pids_of(server: RayServer, request_ids: list[str]) -> list[str]:
         lines.update({request_id: pid for pid, request_id in found})
         return all(request_id in lines for request_id in request_ids)
 
-    until(all_found, 30)
+    until(all_found)
     return [lines[request_id] for request_id in request_ids]
 
 
@@ -180,7 +171,7 @@ def test_ray_has_the_figures_of_every_replica_under_its_name(two: RayServer) -> 
         exported = "".join(ray_metrics(two))
         return len(set(re.findall(r'ray_llama_up\{.*?replica="(\w+)"\} 1', exported))) >= 2
 
-    until(found, 60)
+    until(found)
 
 
 def ray_metrics(server: RayServer) -> Iterator[str]:
@@ -208,7 +199,7 @@ def test_sigterm_finishes_what_is_in_flight_and_stops_what_was_started(two: RayS
             refused = two.post(prompt="x", max_tokens=1)
             return refused.status_code != 200
 
-        until(is_refused, 30)
+        until(is_refused)
         *_, last = [line for line in lines if line]
     assert last == b"data: [DONE]"
     assert refused.status_code == refused.json()["status"] == 503

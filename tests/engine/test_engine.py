@@ -159,13 +159,13 @@ def test_a_stop_string_ends_the_answer_before_it(tiny_model: Path) -> None:
 def test_the_queue_is_bounded(tiny_model: Path) -> None:
     async def scenario() -> None:
         async with running(tiny_model, max_num_seqs=1, max_queue=2) as engine:
-            long = SamplingParams(max_tokens=400)
-            first = await engine.generate(user("a"), long)
-            await anext(first)
-            waiting = [await engine.generate(user("b"), GREEDY) for _ in range(2)]
-            with pytest.raises(QueueFullError, match="2 requests"):
-                await engine.generate(user("c"), GREEDY)
-            first.close()
+            with recorded(engine, seconds=0.05):
+                first = await engine.generate(user("a"), SamplingParams(max_tokens=400))
+                await anext(first)
+                waiting = [await engine.generate(user("b"), GREEDY) for _ in range(2)]
+                with pytest.raises(QueueFullError, match="2 requests"):
+                    await engine.generate(user("c"), GREEDY)
+                first.close()
             for generation in waiting:
                 assert [delta async for delta in generation][-1].finish_reason == "length"
 
@@ -319,8 +319,8 @@ def test_no_mix_of_ends_leaks_a_block(tiny_model: Path) -> None:
 def test_a_long_prompt_does_not_hold_up_the_event_loop_nor_the_streams(tiny_model: Path) -> None:
     async def scenario() -> None:
         async with running(tiny_model, max_batch_tokens=32, max_num_seqs=8) as engine:
-            with recorded(engine) as steps:
-                stream = await engine.generate(user("stream"), SamplingParams(max_tokens=200))
+            with recorded(engine, seconds=0.005) as steps:
+                stream = await engine.generate(user("stream"), SamplingParams(max_tokens=400))
                 await anext(stream)
                 begun = len(steps)
                 prompt = asyncio.create_task(ask(engine, "x" * 400, SamplingParams(max_tokens=1)))

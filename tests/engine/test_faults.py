@@ -287,9 +287,9 @@ def test_one_of_several_answers_that_fails_fails_the_request_whole(tiny_model: P
 
 def test_the_deadline_ends_who_waits_who_is_prefilled_and_who_decodes(tiny_model: Path) -> None:
     async def scenario() -> None:
-        options = {"max_num_seqs": 3, "max_batch_tokens": 16, "request_timeout": 0.5}
+        options = {"max_num_seqs": 3, "max_batch_tokens": 16, "request_timeout": 1}
         async with running(tiny_model, **options) as engine:
-            with recorded(engine, seconds=0.02) as steps:
+            with recorded(engine, seconds=0.04) as steps:
                 decoding = await engine.generate(user("x"), LONG)
                 await anext(decoding)
                 prefilled = await engine.generate(user("x" * 450), LONG)

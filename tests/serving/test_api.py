@@ -3,34 +3,16 @@
 import contextlib
 import json
 import re
-import socket
 import threading
-import time
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import requests
 
-from tests.conftest import Server
+from tests.conftest import LONG, Server, occupied, posted, read_events, until
 
 TIME = re.compile(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d")
-
-
-@pytest.fixture(scope="module")
-def tiny(start_server: Callable[..., Server], tiny_model: Path) -> Server:
-    """A server whose answers go on and on: random weights, a context of 512 tokens."""
-    return start_server(tiny_model, "--max-num-seqs", "4", "--max-queue", "4", "--max-body-bytes", "100000")
-
-
-def read_events(response: requests.Response) -> Iterator[Any]:
-    for line in response.iter_lines():
-        if line:
-            assert line.startswith(b"data: ")
-            data = line.removeprefix(b"data: ").decode()
-            yield data if data == "[DONE]" else json.loads(data)
 
 
 def stream(server: Server, **body: object) -> list[Any]:
@@ -72,37 +54,34 @@ def test_a_stream_adds_up_to_the_answer_in_one_piece(server: Server) -> None:
         assert (last["finish_reason"], last["usage"]) == (whole["finish_reason"], whole["usage"])
 
 
-def test_no_piece_of_a_stream_is_a_broken_character(tiny: Server) -> None:
+def test_no_piece_of_a_stream_is_a_broken_character(tiny_server: Server) -> None:
     """Random weights over single bytes: hardly a byte fits the one before it."""
     for seed in range(3):
         body = {"prompt": "x", "seed": seed, "max_tokens": 200, "temperature": 1.5, "top_p": 1}
-        *pieces, done = stream(tiny, **body)
+        *pieces, done = stream(tiny_server, **body)
         assert done == "[DONE]"
-        assert "".join(piece["response"] for piece in pieces) == tiny.post(**body).json()["response"]
+        assert "".join(piece["response"] for piece in pieces) == tiny_server.post(**body).json()["response"]
 
 
-def test_greedy_answers_are_the_same_each_time(tiny: Server) -> None:
-    answers = {tiny.post(prompt="x", temperature=0, max_tokens=30).json()["response"] for _ in range(3)}
-    assert len(answers) == 1
+def test_greedy_answers_are_the_same_each_time(tiny_server: Server) -> None:
+    answers = [tiny_server.post(prompt="x", temperature=0, max_tokens=30).json() for _ in range(3)]
+    assert len({answer["response"] for answer in answers}) == 1
 
 
-def test_max_tokens_is_honoured_and_told(tiny: Server) -> None:
-    answer = tiny.post(prompt="x", max_tokens=7).json()
+def test_max_tokens_is_honoured_and_told(tiny_server: Server) -> None:
+    answer = tiny_server.post(prompt="x", max_tokens=7).json()
     assert (answer["finish_reason"], answer["usage"]["completion_tokens"]) == ("length", 7)
 
 
-def test_the_default_of_512_tokens_is_cut_to_the_context_and_told(tiny: Server) -> None:
-    answer = tiny.post(prompt="x" * 300).json()
+def test_the_default_of_512_tokens_is_cut_to_the_context_and_told(tiny_server: Server) -> None:
+    answer = tiny_server.post(prompt="x" * 300).json()
     assert answer["finish_reason"] == "length"
     assert answer["usage"]["total_tokens"] == 512
 
 
-def test_the_default_of_512_tokens_is_no_error_where_the_context_is_smaller(
-    start_server: Callable[..., Server], tiny_model: Path
-) -> None:
-    server = start_server(tiny_model, "--max-model-len", "64")
-    assert server.post(prompt="x").json()["usage"]["total_tokens"] == 64
-    assert server.post(prompt="x", max_tokens=65).status_code == 422
+def test_the_default_of_512_tokens_is_no_error_where_the_context_is_smaller(short_server: Server) -> None:
+    assert short_server.post(prompt="x").json()["usage"]["total_tokens"] == 64
+    assert short_server.post(prompt="x", max_tokens=65).status_code == 422
 
 
 @pytest.mark.parametrize("stop", ["。", ["zzz", "。"]])
@@ -182,18 +161,18 @@ BAD: list[tuple[str | None, Any, int]] = [
 ]
 
 
-def test_each_bad_input_gets_its_error_while_a_stream_beside_it_goes_on(tiny: Server) -> None:
-    quiet = stream(tiny, prompt="a stream", seed=1, max_tokens=400)
+def test_each_bad_input_gets_its_error_while_a_stream_beside_it_goes_on(tiny_server: Server) -> None:
+    quiet = stream(tiny_server, prompt="a stream", seed=1, max_tokens=400)
     beside: list[Any] = []
     thread = threading.Thread(
-        target=lambda: beside.extend(stream(tiny, prompt="a stream", seed=1, max_tokens=400))
+        target=lambda: beside.extend(stream(tiny_server, prompt="a stream", seed=1, max_tokens=400))
     )
     thread.start()
     for param, body, status in BAD:
         data = (
             body if isinstance(body, bytes) else json.dumps({"prompt": "a"} | body if body else body).encode()
         )
-        response = requests.post(tiny.url, data=data, timeout=60)
+        response = requests.post(tiny_server.url, data=data, timeout=60)
         error = response.json()
         assert response.status_code == status, (body, response.text)
         assert list(error) == ["error", "status", "time"]
@@ -219,18 +198,18 @@ def test_each_bad_input_gets_its_error_while_a_stream_beside_it_goes_on(tiny: Se
         ("stop", "x" * 99, "64"),
     ],
 )
-def test_an_error_names_the_limit(tiny: Server, field: str, value: object, limit: str) -> None:
-    assert limit in tiny.post(prompt="a", **{field: value}).json()["error"]["message"]
+def test_an_error_names_the_limit(tiny_server: Server, field: str, value: object, limit: str) -> None:
+    assert limit in tiny_server.post(prompt="a", **{field: value}).json()["error"]["message"]
 
 
-def test_a_prompt_that_does_not_fit_is_refused_with_both_numbers(tiny: Server) -> None:
-    response = tiny.post(prompt="x" * 600)
+def test_a_prompt_that_does_not_fit_is_refused_with_both_numbers(tiny_server: Server) -> None:
+    response = tiny_server.post(prompt="x" * 600)
     assert response.status_code == 400
     assert re.search(r"623 tokens.*512 tokens", response.json()["error"]["message"])
 
 
-def test_a_refused_stream_is_refused_before_it_begins(tiny: Server) -> None:
-    assert tiny.post(prompt="x" * 600, stream=True).status_code == 400
+def test_a_refused_stream_is_refused_before_it_begins(tiny_server: Server) -> None:
+    assert tiny_server.post(prompt="x" * 600, stream=True).status_code == 400
 
 
 @pytest.mark.parametrize(
@@ -241,18 +220,20 @@ def test_a_refused_stream_is_refused_before_it_begins(tiny: Server) -> None:
         ("POST", "/health", 405, "method_not_allowed"),
     ],
 )
-def test_routes_that_are_not_there(tiny: Server, method: str, path: str, status: int, code: str) -> None:
-    response = requests.request(method, tiny.url + path, timeout=30)
+def test_routes_that_are_not_there(
+    tiny_server: Server, method: str, path: str, status: int, code: str
+) -> None:
+    response = requests.request(method, tiny_server.url + path, timeout=30)
     assert response.status_code == response.json()["status"] == status
     assert response.json()["error"]["code"] == code
 
 
-def test_a_body_that_is_too_large_is_refused(tiny: Server) -> None:
-    response = tiny.post(prompt="x" * 200_000)
+def test_a_body_that_is_too_large_is_refused(tiny_server: Server) -> None:
+    response = tiny_server.post(prompt="x" * 200_000)
     assert response.status_code == response.json()["status"] == 413
 
 
-def test_a_chunked_body_without_an_end_is_refused(tiny: Server) -> None:
+def test_a_chunked_body_without_an_end_is_refused(tiny_server: Server) -> None:
     def endless() -> Iterator[bytes]:
         yield b'{"prompt": "'
         while True:
@@ -260,48 +241,31 @@ def test_a_chunked_body_without_an_end_is_refused(tiny: Server) -> None:
 
     # It may hang up in the middle of our body, before we have read its answer.
     with contextlib.suppress(requests.ConnectionError):
-        assert requests.post(tiny.url, data=endless(), timeout=60).status_code == 413
-    assert tiny.answers()
+        assert requests.post(tiny_server.url, data=endless(), timeout=60).status_code == 413
+    assert tiny_server.answers()
 
 
-def test_a_full_queue_refuses_and_says_when_to_come_back(tiny: Server) -> None:
-    with ThreadPoolExecutor(40) as pool:
-        jobs = [pool.submit(tiny.post, prompt=f"{n}", max_tokens=200, temperature=0) for n in range(40)]
-        responses = [job.result() for job in jobs]
-    refused = [response for response in responses if response.status_code == 429]
-    assert refused
-    assert {response.status_code for response in responses} == {200, 429}
+def test_a_full_queue_refuses_and_says_when_to_come_back(slow_server: Server) -> None:
+    with occupied(slow_server, 8):
+        refused = [slow_server.post(prompt="x", stream=stream) for stream in (False, True)]
+    assert [response.status_code for response in refused] == [429, 429]
     assert all(int(response.headers["Retry-After"]) >= 1 for response in refused)
     assert all(response.json()["error"]["type"] == "rate_limit_error" for response in refused)
+    assert slow_server.post(prompt="x", max_tokens=1).status_code == 200
 
 
 def log_line(server: Server, request_id: str) -> str:
-    deadline = time.monotonic() + 30
-    while time.monotonic() < deadline:
-        for line in server.log.splitlines():
-            if request_id in line:
-                return line
-        time.sleep(0.05)
-    raise AssertionError(f"no line for {request_id} in the log")
+    until(lambda: request_id in server.log)
+    return next(line for line in server.log.splitlines() if request_id in line)
 
 
 @pytest.mark.parametrize("streaming", [True, False])
-def test_a_client_that_leaves_is_noticed_and_its_request_ended(tiny: Server, streaming: bool) -> None:
-    body = json.dumps({"prompt": "x", "max_tokens": 480, "stream": streaming}).encode()
-    head = b"POST / HTTP/1.1\r\nHost: x\r\nX-Request-ID: left-%d\r\nContent-Length: %d\r\n\r\n"
-    with socket.create_connection(("127.0.0.1", tiny.port)) as connection:
-        connection.sendall(head % (streaming, len(body)) + body)
-        if streaming:
-            connection.recv(10)
-        else:
-            deadline = time.monotonic() + 30
-            while (
-                "llama_num_requests_running 1.0" not in requests.get(f"{tiny.url}/metrics", timeout=30).text
-            ):
-                assert time.monotonic() < deadline
-    line = log_line(tiny, f"left-{streaming:d}")
-    assert "finish_reason=aborted" in line
-    assert int(re.search(r"completion_tokens=(\d+)", line)[1]) < 480  # type: ignore[index]
+def test_a_client_that_leaves_is_noticed_and_its_request_ended(slow_server: Server, streaming: bool) -> None:
+    lines = len(slow_server.log.splitlines())
+    with posted(slow_server, **LONG | {"stream": streaming}):
+        until(lambda: slow_server.load == (1, 0))
+    until(lambda: "finish_reason=aborted" in "".join(slow_server.log.splitlines()[lines:]))
+    until(lambda: slow_server.load == (0, 0))
 
 
 def test_a_request_has_a_line_in_the_log_without_its_content(server: Server) -> None:
@@ -315,22 +279,17 @@ def test_a_request_has_a_line_in_the_log_without_its_content(server: Server) -> 
     assert "secret" not in server.log
 
 
-def test_content_is_logged_only_when_asked_for(start_server: Callable[..., Server], tiny_model: Path) -> None:
-    server = start_server(tiny_model, "--log-content")
-    response = server.post(prompt="hello 你好", max_tokens=3)
-    line = log_line(server, response.headers["X-Request-ID"])
+def test_content_is_logged_only_when_asked_for(slow_server: Server) -> None:
+    response = slow_server.post(prompt="hello 你好", max_tokens=3)
+    line = log_line(slow_server, response.headers["X-Request-ID"])
     assert "prompt='hello 你好'" in line
     assert f"response={response.json()['response']!r}" in line
 
 
-def test_one_user_does_not_block_another(tiny: Server) -> None:
-    with requests.post(
-        tiny.url, json={"prompt": "x", "max_tokens": 480, "stream": True}, stream=True, timeout=60
-    ) as slow:
-        events = read_events(slow)
-        next(events)
-        assert tiny.post(prompt="x", max_tokens=2).status_code == 200
-        assert "finish_reason" not in next(events)
+def test_one_user_does_not_block_another(slow_server: Server) -> None:
+    with occupied(slow_server, 1):
+        assert slow_server.post(prompt="x", max_tokens=2).status_code == 200
+        assert slow_server.load == (1, 0)
 
 
 def test_the_history_is_part_of_the_prompt(server: Server) -> None:
@@ -343,6 +302,19 @@ def test_the_history_is_part_of_the_prompt(server: Server) -> None:
 def test_health(server: Server) -> None:
     response = requests.get(f"{server.url}/health", timeout=30)
     assert (response.status_code, response.json()["status"]) == (200, "ok")
+
+
+@pytest.mark.parametrize("path", ["/", "/health"])
+@pytest.mark.parametrize("accept", ["*/*", "text/html"])
+def test_head_is_get_without_the_body(server: Server, path: str, accept: str) -> None:
+    """What `curl -I`, link previews and many a load balancer ask."""
+    head, get = (
+        requests.request(method, server.url + path, headers={"Accept": accept}, timeout=30)
+        for method in ("HEAD", "GET")
+    )
+    assert (head.status_code, head.content) == (200, b"")
+    assert head.headers["Content-Type"] == get.headers["Content-Type"]
+    assert head.headers["Content-Length"] == str(len(get.content))
 
 
 def test_the_docs_show_the_request(server: Server) -> None:

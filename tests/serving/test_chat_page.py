@@ -24,14 +24,13 @@ from playwright.sync_api import (
     sync_playwright,
 )
 
-from tests.conftest import ROOT, START_LIMIT, Server
-from tests.models import make_model
+from tests.conftest import LONG, ROOT, START_LIMIT, Server
 
 BROWSERS = ["chromium", "chromium-browser", "google-chrome"]
 HTML = (ROOT / "serving" / "chat.html").read_text("utf-8")
 BROWSER_ACCEPT = "text/html,application/xhtml+xml,application/xml;q=0.9,*/*;q=0.8"
 GREEDY = {"temperature": 0}
-ENDLESS = {"max_tokens": 8000}
+ENDLESS = {"max_tokens": LONG["max_tokens"]}
 NETWORK_ERROR = "Failed to load resource"
 """How Chromium's console tells of an answer that is no success: of each, whoever deals with it."""
 
@@ -98,16 +97,9 @@ def open_page(browser: Browser) -> Iterator[OpenPage]:
 
 
 @pytest.fixture(scope="module")
-def demo(start_server: Callable[..., Server]) -> str:
-    """The URL of the demo model, on one thread: two of them and a browser are too many for two cores."""
-    return start_server("demo", "--threads", "1").url
-
-
-@pytest.fixture(scope="module")
-def endless(start_server: Callable[..., Server], tmp_path_factory: pytest.TempPathFactory) -> Server:
-    """A server whose answers go on for thousands of tokens, so that there is time in the middle of one."""
-    model = make_model(tmp_path_factory.mktemp("endless"), context=8192)
-    return start_server(model, "--threads", "1")
+def endless(start_server: Callable[..., Server], long_model: Path) -> Server:
+    """One that a test ends, and starts again."""
+    return start_server(long_model)
 
 
 def write(page: Page, question: str) -> None:
@@ -192,15 +184,15 @@ def intercept(page: Page, status: int, body: str) -> None:
 
 
 @pytest.mark.parametrize("accept", ["*/*", "application/json", None])
-def test_programs_get_the_description_as_ever(demo: str, accept: str | None) -> None:
-    response = requests.get(demo, headers={"Accept": accept}, timeout=30)
+def test_programs_get_the_description_as_ever(demo_server: str, accept: str | None) -> None:
+    response = requests.get(demo_server, headers={"Accept": accept}, timeout=30)
     assert response.headers["Content-Type"] == "application/json"
     assert response.headers["Vary"] == "Accept"
     assert list(response.json()) == ["model", "ask", "docs", "health"]
 
 
-def test_browsers_get_the_page_under_a_policy_that_allows_its_own_script_alone(demo: str) -> None:
-    response = requests.get(demo, headers={"Accept": BROWSER_ACCEPT}, timeout=30)
+def test_browsers_get_the_page_under_a_policy_that_allows_its_own_script_alone(demo_server: str) -> None:
+    response = requests.get(demo_server, headers={"Accept": BROWSER_ACCEPT}, timeout=30)
     headers = response.headers
     assert response.status_code == 200
     assert response.text == HTML
@@ -247,23 +239,36 @@ def test_every_colour_of_text_is_legible(scheme: str) -> None:
 # ---- a conversation ---------------------------------------------------------------------------------------
 
 
+def test_an_answer_grows_while_it_is_made(open_page: OpenPage, endless: Server) -> None:
+    page = open_page(endless.url, storage=settings(**ENDLESS))
+    write(page, "x")
+    lengths: set[int] = set()
+
+    def grows() -> bool:
+        lengths.add(len(page.locator("#exchanges").inner_text()))
+        return len(lengths) > 3
+
+    wait_until(page, grows)
+    expect(page.locator("body")).to_have_attribute("data-running", "")
+    page.keyboard.press("Escape")
+    wait_for_end(page)
+
+
 @pytest.mark.parametrize(("locale", "question"), [("en-US", "What can you do?"), ("zh-CN", "你能做什么？")])
-def test_an_answer_grows_while_it_is_made(open_page: OpenPage, demo: str, locale: str, question: str) -> None:
-    page = open_page(demo, storage=settings(**GREEDY), locale=locale)
+def test_an_answer_is_shown_measured_and_told_to_a_screen_reader(
+    open_page: OpenPage, demo_server: str, locale: str, question: str
+) -> None:
+    page = open_page(demo_server, storage=settings(**GREEDY), locale=locale)
     page.evaluate("""() => {
-        window.lengths = [];
         window.said = [];
-        const note = (list, node, value) => new MutationObserver(() => list.push(value(node)))
-            .observe(node, {childList: true, subtree: true, characterData: true});
-        note(lengths, document.querySelector("#exchanges"), (node) => node.textContent.length);
-        note(said, document.querySelector("#status"), (node) => node.textContent);
+        const status = document.querySelector("#status");
+        const note = () => said.push(status.textContent);
+        new MutationObserver(note).observe(status, {childList: true, subtree: true});
     }""")
     answer = ask(page, question)
-    whole = requests.post(demo, json={"prompt": question, **GREEDY}, timeout=60).json()["response"]
+    whole = requests.post(demo_server, json={"prompt": question, **GREEDY}, timeout=60).json()["response"]
     assert stored(page)[0]["answer"] == whole
     assert answer.inner_text().split() == whole.replace("- ", "").split()
-    lengths = page.evaluate("lengths")
-    assert len(set(lengths)) > 3
     # A screen reader is told that an answer is made, and then the answer: not every token.
     begin, end = page.evaluate("said")
     assert begin in ("Answering", "正在回答")
@@ -280,9 +285,9 @@ def test_an_answer_grows_while_it_is_made(open_page: OpenPage, demo: str, locale
     ],
 )
 def test_the_page_speaks_the_language_of_the_browser(
-    open_page: OpenPage, demo: str, locale: str, lang: str, words: list[str]
+    open_page: OpenPage, demo_server: str, locale: str, lang: str, words: list[str]
 ) -> None:
-    page = open_page(demo, locale=locale)
+    page = open_page(demo_server, locale=locale)
     expect(page.locator("html")).to_have_attribute("lang", lang)
     for word in words:
         expect(page.get_by_text(word, exact=True).first).to_be_visible()
@@ -297,9 +302,9 @@ def test_the_page_speaks_the_language_of_the_browser(
     ],
 )
 def test_the_second_turn_sends_the_first(
-    open_page: OpenPage, demo: str, first: str, second: str, answer: str
+    open_page: OpenPage, demo_server: str, first: str, second: str, answer: str
 ) -> None:
-    page = open_page(demo, storage=settings(**GREEDY))
+    page = open_page(demo_server, storage=settings(**GREEDY))
     asked = bodies(page)
     remembered = ask(page, first).inner_text()
     expect(ask(page, second)).to_have_text(answer)
@@ -331,8 +336,8 @@ def test_stop_keeps_what_has_come(open_page: OpenPage, endless: Server, way: str
     expect(page.get_by_role("button", name="Retry")).to_be_visible()
 
 
-def test_retry_asks_the_same_again(open_page: OpenPage, demo: str) -> None:
-    page = open_page(demo)
+def test_retry_asks_the_same_again(open_page: OpenPage, demo_server: str) -> None:
+    page = open_page(demo_server)
     asked = bodies(page)
     ask(page, "Hello")
     ask(page, "Who are you?")
@@ -345,8 +350,8 @@ def test_retry_asks_the_same_again(open_page: OpenPage, demo: str) -> None:
     expect(page.locator("#prompt")).to_be_focused()
 
 
-def test_a_retry_that_fails_leaves_the_answer_there_was(open_page: OpenPage, demo: str) -> None:
-    page = open_page(demo, tolerates=NETWORK_ERROR)
+def test_a_retry_that_fails_leaves_the_answer_there_was(open_page: OpenPage, demo_server: str) -> None:
+    page = open_page(demo_server, tolerates=NETWORK_ERROR)
     before = ask(page, "Hello").inner_text()
     intercept(page, 503, error_body(503, "the engine has stopped"))
     page.get_by_role("button", name="Retry").click()
@@ -355,8 +360,8 @@ def test_a_retry_that_fails_leaves_the_answer_there_was(open_page: OpenPage, dem
     expect(page.locator(".problem")).to_have_text("the engine has stopped")
 
 
-def test_a_question_can_be_edited_and_sent_again(open_page: OpenPage, demo: str) -> None:
-    page = open_page(demo)
+def test_a_question_can_be_edited_and_sent_again(open_page: OpenPage, demo_server: str) -> None:
+    page = open_page(demo_server)
     ask(page, "Hello")
     ask(page, "Who are you?")
     asked = bodies(page)
@@ -377,8 +382,10 @@ def test_a_question_can_be_edited_and_sent_again(open_page: OpenPage, demo: str)
     expect(page.locator(".said")).to_have_text(["What is your name?"])
 
 
-def test_the_conversation_outlives_a_reload_until_a_new_one_begins(open_page: OpenPage, demo: str) -> None:
-    page = open_page(demo)
+def test_the_conversation_outlives_a_reload_until_a_new_one_begins(
+    open_page: OpenPage, demo_server: str
+) -> None:
+    page = open_page(demo_server)
     answer = ask(page, "你好").inner_text()
     note = page.locator(".note").inner_text()
     page.reload()
@@ -415,8 +422,8 @@ RUBBISH = [
 ]
 
 
-def test_a_damaged_storage_does_not_break_the_page(open_page: OpenPage, demo: str) -> None:
-    page = open_page(demo)
+def test_a_damaged_storage_does_not_break_the_page(open_page: OpenPage, demo_server: str) -> None:
+    page = open_page(demo_server)
     answer_with(page, "fine")
     for rubbish in RUBBISH:
         page.evaluate(
@@ -431,10 +438,10 @@ def test_a_damaged_storage_does_not_break_the_page(open_page: OpenPage, demo: st
         expect(ask(page, "x")).to_have_text("fine")
 
 
-def test_another_tab_shows_the_same_conversation(open_page: OpenPage, demo: str) -> None:
-    page = open_page(demo)
+def test_another_tab_shows_the_same_conversation(open_page: OpenPage, demo_server: str) -> None:
+    page = open_page(demo_server)
     other = page.context.new_page()
-    other.goto(demo)
+    other.goto(demo_server)
     ask(page, "Hello")
     expect(other.locator(".said")).to_have_text("Hello")
 
@@ -447,8 +454,8 @@ HOSTILE = "<img src=x onerror=\"document.title='owned'\"><script>document.title=
 FRAMES = ["{}", "```html\n{}\n```", "`{}`", "# {}", "- {}", "> {}", "**{}**", "| {} |\n| - |\n| {} |"]
 
 
-def test_markup_in_an_answer_stays_text(open_page: OpenPage, demo: str) -> None:
-    page = open_page(demo)
+def test_markup_in_an_answer_stays_text(open_page: OpenPage, demo_server: str) -> None:
+    page = open_page(demo_server)
     for frame in FRAMES:
         answer_with(page, *frame.replace("{}", HOSTILE))
         expect(ask(page, "x")).to_contain_text(HOSTILE)
@@ -459,8 +466,8 @@ def test_markup_in_an_answer_stays_text(open_page: OpenPage, demo: str) -> None:
     assert page.title() == "Llama 3"
 
 
-def test_markup_in_a_question_stays_text(open_page: OpenPage, demo: str) -> None:
-    page = open_page(demo)
+def test_markup_in_a_question_stays_text(open_page: OpenPage, demo_server: str) -> None:
+    page = open_page(demo_server)
     ask(page, HOSTILE)
     expect(page.locator(".said")).to_have_text(HOSTILE)
     page.get_by_role("button", name="Edit").click()
@@ -471,8 +478,8 @@ def test_markup_in_a_question_stays_text(open_page: OpenPage, demo: str) -> None
     assert page.title() == "Llama 3"
 
 
-def test_markup_in_an_error_stays_text(open_page: OpenPage, demo: str) -> None:
-    page = open_page(demo, tolerates=NETWORK_ERROR)
+def test_markup_in_an_error_stays_text(open_page: OpenPage, demo_server: str) -> None:
+    page = open_page(demo_server, tolerates=NETWORK_ERROR)
     intercept(page, 500, error_body(500, HOSTILE))
     ask(page, "x")
     expect(page.locator(".problem")).to_have_text(HOSTILE)
@@ -541,8 +548,8 @@ HOSTILE_LINKS = [
 ]
 
 
-def test_markdown(open_page: OpenPage, demo: str) -> None:
-    page = open_page(demo)
+def test_markdown(open_page: OpenPage, demo_server: str) -> None:
+    page = open_page(demo_server)
     expected = [*HARMLESS, *((link, f"<p>{link}</>") for link in HOSTILE_LINKS)]
     for source, outline in expected:
         outline = re.sub(r"<a (.*?)>", r"<a \1 noopener noreferrer _blank>", outline)
@@ -567,15 +574,15 @@ SHAPES = [
 ]
 
 
-def test_an_answer_of_any_shape_is_shown(open_page: OpenPage, demo: str) -> None:
-    page = open_page(demo)
+def test_an_answer_of_any_shape_is_shown(open_page: OpenPage, demo_server: str) -> None:
+    page = open_page(demo_server)
     for shape in SHAPES:
         answer_with(page, shape * 500, "end")
         expect(ask(page, shape)).to_contain_text("end")
 
 
-def test_only_the_block_that_grows_is_built_again(open_page: OpenPage, demo: str) -> None:
-    page = open_page(demo, storage=settings(**GREEDY))
+def test_only_the_block_that_grows_is_built_again(open_page: OpenPage, demo_server: str) -> None:
+    page = open_page(demo_server, storage=settings(**GREEDY))
     ask(page, "Hello")
     page.evaluate("""() => {
         document.querySelector(".answer").firstChild.isTheSame = true;
@@ -591,8 +598,8 @@ def test_only_the_block_that_grows_is_built_again(open_page: OpenPage, demo: str
     assert blocks[0] not in page.evaluate("removed")
 
 
-def test_answers_and_code_can_be_copied(open_page: OpenPage, demo: str) -> None:
-    page = open_page(demo, permissions=["clipboard-read", "clipboard-write"])
+def test_answers_and_code_can_be_copied(open_page: OpenPage, demo_server: str) -> None:
+    page = open_page(demo_server, permissions=["clipboard-read", "clipboard-write"])
     source = "Run:\n\n```sh\nls -l  你好\n```"
     answer_with(page, source)
     ask(page, "x")
@@ -613,8 +620,8 @@ def test_answers_and_code_can_be_copied(open_page: OpenPage, demo: str) -> None:
 # ---- the stream, and its end ------------------------------------------------------------------------------
 
 
-def test_events_may_be_cut_anywhere(open_page: OpenPage, demo: str) -> None:
-    page = open_page(demo)
+def test_events_may_be_cut_anywhere(open_page: OpenPage, demo_server: str) -> None:
+    page = open_page(demo_server)
     texts = page.evaluate(
         """async (stream) => {
             const bytes = new TextEncoder().encode(stream);
@@ -665,35 +672,35 @@ def test_a_server_that_goes_away_and_comes_back(open_page: OpenPage, endless: Se
     assert stored(page)[0]["answer"]
 
 
-def test_a_stream_that_ends_too_early_is_told(open_page: OpenPage, demo: str) -> None:
-    page = open_page(demo)
+def test_a_stream_that_ends_too_early_is_told(open_page: OpenPage, demo_server: str) -> None:
+    page = open_page(demo_server)
     intercept(page, 200, event("so far"))
     expect(ask(page, "x")).to_have_text("so far")
     expect(page.locator(".problem")).to_have_text(re.compile("The connection broke off"))
 
 
-def test_an_error_is_shown_as_the_server_says_it(open_page: OpenPage, demo: str) -> None:
-    page = open_page(demo, tolerates=NETWORK_ERROR, storage=settings(max_tokens=99_999))
+def test_an_error_is_shown_as_the_server_says_it(open_page: OpenPage, demo_server: str) -> None:
+    page = open_page(demo_server, tolerates=NETWORK_ERROR, storage=settings(max_tokens=99_999))
     ask(page, "x")
     expect(page.locator(".problem")).to_have_text("max_tokens: at most 2048, the context")
 
 
-def test_an_error_within_a_stream_is_shown(open_page: OpenPage, demo: str) -> None:
-    page = open_page(demo)
+def test_an_error_within_a_stream_is_shown(open_page: OpenPage, demo_server: str) -> None:
+    page = open_page(demo_server)
     intercept(page, 200, event("so far") + f"data: {error_body(500, 'request 1 failed')}\n\n")
     expect(ask(page, "x")).to_have_text("so far")
     expect(page.locator(".problem")).to_have_text("request 1 failed")
 
 
-def test_an_error_of_somebody_in_between_is_shown(open_page: OpenPage, demo: str) -> None:
-    page = open_page(demo, tolerates=NETWORK_ERROR)
+def test_an_error_of_somebody_in_between_is_shown(open_page: OpenPage, demo_server: str) -> None:
+    page = open_page(demo_server, tolerates=NETWORK_ERROR)
     intercept(page, 502, "<h1>Bad Gateway</h1>")
     ask(page, "x")
     expect(page.locator(".problem")).to_have_text("The server answered with status 502.")
 
 
-def test_a_server_that_wants_a_key_gets_it(open_page: OpenPage, demo: str) -> None:
-    page = open_page(demo, tolerates=NETWORK_ERROR)
+def test_a_server_that_wants_a_key_gets_it(open_page: OpenPage, demo_server: str) -> None:
+    page = open_page(demo_server, tolerates=NETWORK_ERROR)
 
     def guard(route: Route) -> None:
         if route.request.method != "POST":
@@ -724,8 +731,8 @@ def test_a_server_that_wants_a_key_gets_it(open_page: OpenPage, demo: str) -> No
 # ---- by hand ----------------------------------------------------------------------------------------------
 
 
-def test_enter_in_an_input_method_does_not_send(open_page: OpenPage, demo: str) -> None:
-    page = open_page(demo)
+def test_enter_in_an_input_method_does_not_send(open_page: OpenPage, demo_server: str) -> None:
+    page = open_page(demo_server)
     asked = bodies(page)
     prompt = page.locator("#prompt")
     prompt.focus()
@@ -762,8 +769,8 @@ def test_nothing_is_sent_while_an_answer_is_made_or_when_there_is_nothing(
     assert [body["prompt"] for body in asked] == ["x"]
 
 
-def test_settings_are_sent_and_kept(open_page: OpenPage, demo: str) -> None:
-    page = open_page(demo)
+def test_settings_are_sent_and_kept(open_page: OpenPage, demo_server: str) -> None:
+    page = open_page(demo_server)
     asked = bodies(page)
     page.get_by_role("button", name="Settings").click()
     dialog = page.get_by_role("dialog", name="Settings")
@@ -825,9 +832,11 @@ def test_the_page_follows_an_answer_unless_the_reader_has_scrolled_up(
 
 
 @pytest.mark.parametrize("locale", ["en-US", "zh-CN"])
-def test_a_narrow_phone_needs_no_scrolling_sideways(open_page: OpenPage, demo: str, locale: str) -> None:
+def test_a_narrow_phone_needs_no_scrolling_sideways(
+    open_page: OpenPage, demo_server: str, locale: str
+) -> None:
     page = open_page(
-        demo, viewport={"width": 360, "height": 740}, has_touch=True, is_mobile=True, locale=locale
+        demo_server, viewport={"width": 360, "height": 740}, has_touch=True, is_mobile=True, locale=locale
     )
     wide = "x" * 300
     frames = [
@@ -858,8 +867,8 @@ FOCUSED_NAME = """() => {
 }"""
 
 
-def test_all_of_it_can_be_reached_by_keyboard_and_has_a_name(open_page: OpenPage, demo: str) -> None:
-    page = open_page(demo)
+def test_all_of_it_can_be_reached_by_keyboard_and_has_a_name(open_page: OpenPage, demo_server: str) -> None:
+    page = open_page(demo_server)
     answer_with(page, "a\n\n```sh\nls\n```\n\n| a | b |\n| - | - |\n\n[link](https://b.example)")
     ask(page, "x")
     expect(page.locator("#prompt")).to_be_focused()

@@ -1,8 +1,11 @@
 """Text that is meant to do harm is text: it becomes no control token, breaks nothing, and holds up nobody."""
 
+import contextlib
 import json
+import re
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 from urllib.parse import quote_from_bytes
 
@@ -13,7 +16,8 @@ from hypothesis import strategies as st
 
 from engine.chat_format import ChatFormat, Message
 from serving.settings import DEMO_MODEL
-from tests.conftest import Server
+from tests.conftest import Server, begin
+from tests.engine.test_grammar import HOSTILE as HOSTILE_SCHEMAS
 from tests.models import CONTROL_TOKENS, GOLDEN_WORDS, make_tokenizer
 
 CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
@@ -247,3 +251,32 @@ def test_a_prompt_that_can_not_fit_is_refused_with_both_numbers(server: Server) 
     message = response.json()["error"]["message"]
     assert message.startswith("the prompt has at least ")
     assert "the context is 2048 tokens" in message
+
+
+def test_hostile_schemas_are_answered_or_refused_and_a_stream_beside_them_is_as_alone(
+    tiny_server: Server,
+) -> None:
+    schemas = []
+    for _, make in HOSTILE_SCHEMAS.values():
+        with contextlib.suppress(RecursionError, ValueError):  # more than Python can write
+            schemas.append(json.dumps(make()))
+    assert len(schemas) > 50
+
+    def ask(schema: str, stream: bool) -> requests.Response:
+        form = f'{{"type": "json_schema", "json_schema": {{"name": "a", "schema": {schema}}}}}'
+        body = "{" + USER.replace("demo", "tiny").replace('"max_tokens": 1', '"max_tokens": 9')
+        body += f', "stream": {json.dumps(stream)}, "response_format": {form}}}'
+        return requests.post(f"{tiny_server.url}{CHAT}", data=body, timeout=60)
+
+    with ThreadPoolExecutor(1) as executor:
+        neighbour: dict[str, Any] = {"prompt": "a neighbour", "temperature": 0, "max_tokens": 450}
+        beside = begin(tiny_server.url, executor, **neighbour)
+        for schema in schemas:
+            statuses = [ask(schema, stream=False).status_code]
+            streamed = ask(schema, stream=True)
+            statuses += [streamed.status_code, *map(int, re.findall(r'"status":(\d+)', streamed.text))]
+            assert set(statuses) <= {200, 400, 413}, schema[:200]
+        *events, done = beside.result()
+    assert done == "[DONE]"
+    whole = tiny_server.post(**neighbour).json()["response"]
+    assert whole.endswith("".join(event["response"] for event in events))

@@ -14,9 +14,7 @@ import requests
 
 from client import CompletionError, get_completion, stream_completion
 from serving.settings import Settings
-from tests.conftest import ROOT, START_LIMIT, Server
-from tests.models import make_model
-from tests.serving.test_api import read_events
+from tests.conftest import ROOT, START_LIMIT, Server, read_events
 
 ALICE, BOB, CAROL = "sk-alice-77f1", "sk-bob-93ab-密钥", "sk-carol-01cd"
 PAGE = "https://chat.example.com"
@@ -47,15 +45,14 @@ def bearer(key: str | None) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def keyed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[KeyedServer]:
+def keyed(tmp_path_factory: pytest.TempPathFactory, long_model: Path) -> Iterator[KeyedServer]:
     """With a model whose answers take long, if they are let."""
-    model = make_model(tmp_path_factory.mktemp("model"), context=8192)
     folder = tmp_path_factory.mktemp("keyed")
     keys = folder / "keys.txt"
     keys.write_text(f"\n  {CAROL}  \n")
     server = KeyedServer(
-        model, folder, "--api-key", f"{ALICE}, {BOB}", "--api-key-file", str(keys), "--cors-origin", PAGE,
-        "--max-per-key", str(MAX_PER_KEY), "--max-queue", "4", "--max-num-seqs", "8",
+        long_model, folder, "--api-key", f"{ALICE}, {BOB}", "--api-key-file", str(keys),
+        "--cors-origin", PAGE, "--max-per-key", str(MAX_PER_KEY), "--max-queue", "4", "--max-num-seqs", "8",
         "--kv-cache-tokens", "65536",
     )  # fmt: skip
     yield server
@@ -144,10 +141,30 @@ def test_openais_client(keyed: KeyedServer) -> None:
     )
     assert answer.usage is not None
     assert answer.usage.completion_tokens == 3
-    with pytest.raises(openai.AuthenticationError, match="an API key is needed"):
-        client(keyed, "wrong").models.list()
-    with pytest.raises(openai.AuthenticationError):
-        client(keyed, "wrong").chat.completions.create(model=model, messages=[], stream=True)
+    stranger = client(keyed, "wrong")
+    for refused in (
+        stranger.models.list,
+        lambda: stranger.models.retrieve(model),
+        lambda: stranger.completions.create(model=model, prompt="x"),
+        lambda: stranger.chat.completions.create(model=model, messages=[], stream=True),
+    ):
+        with pytest.raises(openai.AuthenticationError, match="an API key is needed") as caught:
+            refused()
+        assert caught.value.type == "authentication_error"
+
+
+def test_who_has_no_key_is_counted(keyed: KeyedServer) -> None:
+    def count() -> float:
+        text = keyed.get("/metrics", ALICE).text
+        [line] = [
+            line for line in text.splitlines() if line.startswith('llama_request_errors_total{reason="key"}')
+        ]
+        return float(line.split()[1])
+
+    before = count()
+    assert keyed.get("/metrics", None).status_code == 401
+    assert keyed.ask(None).status_code == 401
+    assert count() == before + 2
 
 
 def test_our_client(keyed: KeyedServer, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,60 +11,27 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import openai
 import pytest
 import requests
 import uvicorn
 from starlette.types import Receive, Scope, Send
 
+from benchmarks.soak import in_use, read_metrics
 from serving import server as server_module
 from serving.server import BoundedProtocol
-from tests.conftest import ROOT, Server
-from tests.models import make_model
-from tests.serving.test_api import read_events, stream
-
-LIMIT = 120.0
-"""Seconds in which what should end must end."""
-
-
-@pytest.fixture(scope="session")
-def long_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Its answers take seconds, if they are let."""
-    return make_model(tmp_path_factory.mktemp("long"), context=8192)
-
-
-LONG = {"prompt": "x", "max_tokens": 8000, "temperature": 0}
-
-
-def until(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + LIMIT
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
+from tests.conftest import LIMIT, LONG, ROOT, Server, begin, read_events, until
+from tests.serving.test_api import stream
+from tests.serving.test_openai_api import ROUTES, client_of, create, texts
 
 
 def ask(url: str, **body: object) -> requests.Response:
     return requests.post(url, json=body, timeout=LIMIT)
-
-
-def begin(url: str, executor: ThreadPoolExecutor, **body: object) -> "Future[list[Any]]":
-    """A stream whose first event has come; the future is of its other events."""
-    begun = threading.Event()
-
-    def read() -> list[Any]:
-        with requests.post(url, json=body | {"stream": True}, stream=True, timeout=LIMIT) as response:
-            events = read_events(response)
-            next(events)
-            begun.set()
-            return list(events)
-
-    future = executor.submit(read)
-    assert begun.wait(LIMIT)
-    return future
 
 
 @contextmanager
@@ -108,7 +75,7 @@ def read_all(connection: socket.socket) -> bytes:
 # Deadlines, and clients that take what they don't use.
 
 
-def test_an_answer_that_takes_too_long_ends_with_504(
+def test_an_answer_that_takes_too_long_ends_with_504_and_leaves_nothing(
     start_server: Callable[..., Server], long_model: Path
 ) -> None:
     server = start_server(long_model, "--request-timeout", "0.5", "--max-num-seqs", "2")
@@ -121,6 +88,10 @@ def test_an_answer_that_takes_too_long_ends_with_504(
             assert response.json()["error"]["message"] == "the answer took longer than 0.5 s"
     assert events[-1]["status"] == 504
     assert events[-1]["error"]["code"] == "gateway_timeout"
+    until(lambda: in_use(read_metrics(server.url)) == 0)
+    metrics = read_metrics(server.url)
+    assert metrics['llama_request_errors_total{reason="deadline"}'] == 4
+    assert metrics['llama_request_finished_total{finished_reason="error"}'] == 4
     assert server.answers()
 
 
@@ -176,6 +147,50 @@ def test_a_head_without_an_end_is_refused(patient: Server, beginning: bytes) -> 
         # What the system keeps for a connection comes on top of the limit.
         assert sent < 50_000_000
     assert patient.answers()
+
+
+@pytest.mark.parametrize(
+    "request_",
+    [
+        b"GET /" + b"x" * 70_000 + b" HTTP/1.1\r\n\r\n",
+        b"GET / HTTP/1.1\r\nx: \0\r\n\r\n",
+        b"POST / HTTP/1.1\r\nContent-Length: -1\r\n\r\n",
+        b"POST / HTTP/1.1\r\nContent-Length: 2\r\nContent-Length: 3\r\n\r\n{}",
+        b"POST / HTTP/1.1\r\nContent-Length: 5\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n",
+        b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03",  # who speaks TLS
+    ],
+    ids=lambda request_: ascii(request_[:60]),
+)
+def test_what_is_no_http_is_refused_as_anything_else_is(patient: Server, request_: bytes) -> None:
+    with connected(patient.port) as connection:
+        connection.sendall(request_)
+        head, _, body = read_all(connection).partition(b"\r\n\r\n")
+    assert head.startswith(b"HTTP/1.1 400 ")
+    assert b"content-type: application/json" in head
+    assert json.loads(body)["status"] == 400
+    assert json.loads(body)["error"]["type"] == "invalid_request_error"
+
+
+@pytest.mark.parametrize("protocol", [b"h2c", b"websocket"])
+@pytest.mark.parametrize("chunked", [True, False])
+def test_an_upgrade_that_is_offered_is_not_taken_and_the_body_is_read(
+    patient: Server, protocol: bytes, chunked: bool
+) -> None:
+    """Java's client offers HTTP/2 with each of its requests."""
+    body = b'{"prompt": "x", "max_tokens": 2}'
+    length = b"Transfer-Encoding: chunked" if chunked else b"Content-Length: %d" % len(body)
+    offer = (
+        b"Connection: Upgrade, HTTP2-Settings\r\nUpgrade: %b\r\nHTTP2-Settings: AAEAAEAAAAIAAAAA" % protocol
+    )
+    head = b"POST / HTTP/1.1\r\nHost: x\r\n%b\r\n%b\r\n\r\n" % (offer, length)
+    with connected(patient.port) as connection:
+        for _ in range(2):
+            connection.sendall(head + (b"%x\r\n%b\r\n0\r\n\r\n" % (len(body), body) if chunked else body))
+            answer = b""
+            while not answer.endswith(b"}}"):
+                answer += connection.recv(4096)
+            assert answer.startswith(b"HTTP/1.1 200 ")
+            assert b'"completion_tokens":2' in answer
 
 
 def test_a_head_that_is_large_and_ends_is_taken(patient: Server) -> None:
@@ -244,6 +259,7 @@ def test_who_stalls_is_disconnected(monkeypatch: pytest.MonkeyPatch) -> None:
 
 FAULTY = """
 import pathlib, sys, api
+from serving import limits
 from engine.chat_format import ChatFormat
 from engine.detokenizer import Detokenizer
 from engine.model_runner import ModelRunner
@@ -260,9 +276,9 @@ def faulty_feed(self, token_id):
     return feed(self, token_id)
 def faulty_run(self, batch):
     global lost
-    seeds = [chunk.sequence.params.seed for chunk in batch]
+    sequences = [chunk.sequence for chunk in batch]
     lost = pathlib.Path(LOST).exists()
-    if lost or 13 in seeds:
+    if lost or any(one.params.seed == 13 and one.num_output_tokens == 6 for one in sequences):
         raise RuntimeError("the secret cause")
     return run(self, batch)
 def check_device(self):
@@ -270,6 +286,7 @@ def check_device(self):
         raise RuntimeError("the secret cause")
 ChatFormat.encode_dialog, Detokenizer.feed = faulty_encode, faulty_feed
 ModelRunner.run, ModelRunner.check_device = faulty_run, check_device
+limits._BODY_SECONDS = 0.5
 sys.argv[0] = "api.py"
 api.main()
 """
@@ -285,7 +302,7 @@ def faulty(long_model: Path, tmp_path: Path) -> Iterator[Server]:
     class FaultyServer(Server):
         program = ("-c", f"LOST = {str(tmp_path / 'lost')!r}\n{FAULTY}")
 
-    server = FaultyServer(long_model, tmp_path, "--drain-timeout", "3600")
+    server = FaultyServer(long_model, tmp_path, "--drain-timeout", "3600", "--served-model-name", "tiny")
     yield server
     server.stop()
 
@@ -312,10 +329,13 @@ def test_a_fault_is_told_with_its_id_and_a_dead_engine_ends_the_process_as_faile
         assert re.search(r"request [0-9a-f]{16} failed", last["error"]["message"])
     assert ask(faulty.url, prompt="y", temperature=0, max_tokens=20).json()["response"] == whole
     assert "the secret cause" in faulty.log  # whoever runs the server wants to know
+    check_openais_client_raises_its_own(faulty)
+    check_a_body_that_does_not_come_is_waited_for_no_longer_than_it_may_take(faulty)
 
     with ThreadPoolExecutor(8) as executor:
         streams = [begin(faulty.url, executor, **LONG) for _ in range(2)]
         unary = [executor.submit(ask, faulty.url, **LONG) for _ in range(3)]
+        until(lambda: faulty.load == (5, 0))
         (tmp_path / "lost").touch()
         for future in unary:
             check_told(future.result(), 503)
@@ -325,10 +345,36 @@ def test_a_fault_is_told_with_its_id_and_a_dead_engine_ends_the_process_as_faile
     assert faulty.process.wait(LIMIT) == 1
 
 
+def check_openais_client_raises_its_own(faulty: Server) -> None:
+    with client_of(faulty) as client:
+        for route in ROUTES:
+            fields = {"seed": 13, "max_tokens": 20}
+            with pytest.raises(openai.InternalServerError, match=r"request \w+ failed") as failed:
+                create(client, route, **fields)
+            assert (failed.value.status_code, failed.value.type) == (500, "server_error")
+            assert "secret" not in failed.value.response.text
+            events = create(client, route, **fields, stream=True)
+            next(events)
+            with pytest.raises(openai.APIError, match=r"request \w+ failed") as broken:
+                list(events)
+            assert "secret" not in str(broken.value.body)
+            assert len(texts(create(client, route, **{**fields, "seed": 14}))) == 1
+
+
+def check_a_body_that_does_not_come_is_waited_for_no_longer_than_it_may_take(faulty: Server) -> None:
+    for path in ("/", "/v1/chat/completions"):
+        with connected(faulty.port) as connection:
+            connection.sendall(request_of({"prompt": "x"}, path)[:-1])
+            head, _, body = read_all(connection).partition(b"\r\n\r\n")
+        assert head.startswith(b"HTTP/1.1 408 ")
+        assert json.loads(body)["error"]["message"] == "the body did not come within 0.5 s"
+
+
 def test_an_engine_that_dies_while_it_drains_tells_everybody(faulty: Server, tmp_path: Path) -> None:
     with ThreadPoolExecutor(8) as executor:
         events = begin(faulty.url, executor, **LONG)
         unary = executor.submit(ask, faulty.url, **LONG)
+        until(lambda: faulty.load == (2, 0))
         faulty.process.send_signal(signal.SIGTERM)
         until(lambda: not faulty.answers())
         assert faulty.process.poll() is None
@@ -412,13 +458,9 @@ def test_what_is_not_finished_in_the_time_for_it_is_told(
     )
     with ThreadPoolExecutor(8) as executor, stalled(server):
         streams = [begin(server.url, executor, **LONG) for _ in range(2)]
-        unary = [executor.submit(ask, server.url, **LONG) for _ in range(4)]  # some of them wait
+        unary = [executor.submit(ask, server.url, **LONG) for _ in range(4)]
+        until(lambda: server.load == (4, 3))
         server.process.send_signal(signal.SIGINT)
-        until(lambda: not server.answers())
-        health = requests.get(f"{server.url}/health", timeout=LIMIT)
-        assert health.json()["error"]["message"] == "the server is shutting down"
-        for refused in (health, ask(server.url, prompt="x"), ask(server.url, prompt="x", stream=True)):
-            check_told(refused, 503)
         for future in unary:
             check_told(future.result(), 503)
         for events in (future.result() for future in streams):
@@ -442,12 +484,29 @@ def test_a_signal_during_the_start_ends_it_at_once(long_model: Path, tmp_path: P
     assert "Traceback" not in log.read_text()
 
 
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="this system does not tell what is loaded")
+def test_what_nobody_has_asked_for_is_not_loaded(patient: Server) -> None:
+    ask(patient.url, prompt="x", max_tokens=2)
+    loaded = Path(f"/proc/{patient.process.pid}/maps").read_text()
+    assert "torch" in loaded
+    assert "llguidance" not in loaded
+
+
 # Last, as it ends the server that the tests above share.
-def test_a_second_signal_ends_at_once(patient: Server) -> None:
+def test_a_server_that_drains_tells_so_and_a_second_signal_ends_it_at_once(patient: Server) -> None:
+    assert read_metrics(patient.url)["llama_up"] == 1
     with ThreadPoolExecutor(8) as executor:
         events = begin(patient.url, executor, **LONG)
         patient.process.send_signal(signal.SIGINT)
         until(lambda: not patient.answers())
+        health = requests.get(f"{patient.url}/health", timeout=LIMIT)
+        assert health.json()["error"]["message"] == "the server is shutting down"
+        for refused in (health, ask(patient.url, prompt="x"), ask(patient.url, prompt="x", stream=True)):
+            check_told(refused, 503)
+        metrics = read_metrics(patient.url)
+        assert metrics["llama_up"] == 0
+        assert metrics['llama_request_errors_total{reason="draining"}'] == 2
+        assert not events.done()
         assert patient.process.poll() is None
         patient.process.send_signal(signal.SIGTERM)
         assert patient.process.wait(LIMIT) != 0

@@ -5,22 +5,14 @@ import logging
 import re
 import socket
 import sys
-import time
-from collections.abc import Callable
 from datetime import datetime
-from pathlib import Path
 from typing import Any
 
 import pytest
 import requests
 
 from serving.logs import JsonLines
-from tests.conftest import Server
-
-
-@pytest.fixture(scope="module")
-def server(start_server: Callable[..., Server], tiny_model: Path) -> Server:
-    return start_server(tiny_model, "--log-format", "json")
+from tests.conftest import Server, until
 
 
 def lines(server: Server) -> list[dict[str, Any]]:
@@ -28,28 +20,23 @@ def lines(server: Server) -> list[dict[str, Any]]:
 
 
 def line_of(server: Server, request_id: str) -> dict[str, Any]:
-    deadline = time.monotonic() + 20
-    while time.monotonic() < deadline:
-        for line in lines(server):
-            if line.get("request_id") == request_id:
-                return line
-        time.sleep(0.05)
-    raise AssertionError(f"no line for {request_id}")
+    until(lambda: any(line.get("request_id") == request_id for line in lines(server)))
+    return next(line for line in lines(server) if line.get("request_id") == request_id)
 
 
-def test_every_line_is_json_with_a_time_in_its_zone(server: Server) -> None:
-    assert {"llama.engine", "uvicorn.error"} <= {line["logger"] for line in lines(server)}
-    for line in lines(server):
+def test_every_line_is_json_with_a_time_in_its_zone(tiny_server: Server) -> None:
+    assert {"llama.engine", "uvicorn.error"} <= {line["logger"] for line in lines(tiny_server)}
+    for line in lines(tiny_server):
         assert {"time", "level", "logger", "message"} <= set(line)
         assert datetime.fromisoformat(line["time"]).tzinfo is not None
-    messages = [line["message"] for line in lines(server)]
+    messages = [line["message"] for line in lines(tiny_server)]
     assert any(message.startswith("Started server process") for message in messages)
     assert any(message.startswith("Uvicorn running on") for message in messages)
 
 
-def test_a_request_has_a_line_with_its_figures_and_without_its_content(server: Server) -> None:
-    response = server.post(prompt="secret 秘密", max_tokens=4)
-    line = line_of(server, response.headers["X-Request-ID"])
+def test_a_request_has_a_line_with_its_figures_and_without_its_content(tiny_server: Server) -> None:
+    response = tiny_server.post(prompt="secret 秘密", max_tokens=4)
+    line = line_of(tiny_server, response.headers["X-Request-ID"])
     usage = response.json()["usage"]
     assert list(line) == [
         "time", "level", "logger", "message",
@@ -58,14 +45,13 @@ def test_a_request_has_a_line_with_its_figures_and_without_its_content(server: S
     assert (line["prompt_tokens"], line["completion_tokens"]) == (usage["prompt_tokens"], 4)
     assert 0 < line["ttft"] < line["duration"]
     assert (line["message"], line["finish_reason"]) == ("request", "length")
-    assert "secret" not in server.log
+    assert "secret" not in tiny_server.log
 
 
-def test_content_is_there_when_it_is_asked_for(start_server: Callable[..., Server], tiny_model: Path) -> None:
-    server = start_server(tiny_model, "--log-format", "json", "--log-content")
+def test_content_is_there_when_it_is_asked_for(short_server: Server) -> None:
     prompt = 'a "quoted"\nline 你好\u2028🦙\x00'
-    response = server.post(prompt=prompt, max_tokens=4)
-    line = line_of(server, response.headers["X-Request-ID"])
+    response = short_server.post(prompt=prompt, max_tokens=4)
+    line = line_of(short_server, response.headers["X-Request-ID"])
     assert (line["prompt"], line["response"]) == (prompt, response.json()["response"])
 
 
@@ -95,9 +81,9 @@ def send(server: Server, *headers: bytes) -> list[str]:
     "request_id",
     ["a", "0", "-", "..", "x" * 128, "8f14e45f-ceea-467f-9575-1d4a5b2d2f3e", "Root.1-67891233_abc"],
 )
-def test_a_sane_id_is_taken_over(server: Server, request_id: str) -> None:
-    assert send(server, b"X-Request-ID: " + request_id.encode()) == [request_id]
-    assert send(server, b"x-request-id:" + request_id.encode()) == [request_id]
+def test_a_sane_id_is_taken_over(tiny_server: Server, request_id: str) -> None:
+    assert send(tiny_server, b"X-Request-ID: " + request_id.encode()) == [request_id]
+    assert send(tiny_server, b"x-request-id:" + request_id.encode()) == [request_id]
 
 
 @pytest.mark.parametrize(
@@ -108,25 +94,26 @@ def test_a_sane_id_is_taken_over(server: Server, request_id: str) -> None:
         *map(str.encode, ("a\u00e9", "你好", "\uff41", "\u0661")),
     ],
 )  # fmt: skip
-def test_an_insane_id_is_not(server: Server, request_id: bytes) -> None:
-    made = send(server, b"X-Request-ID: " + request_id)
+def test_an_insane_id_is_not(tiny_server: Server, request_id: bytes) -> None:
+    made = send(tiny_server, b"X-Request-ID: " + request_id)
     assert all(re.fullmatch(r"[0-9a-f]{16}", each) for each in made)
     # Without one, the head itself was refused: it breaks lines.
     assert len(made) == 1 or b"\n" in request_id
 
 
-def test_without_an_id_each_request_gets_its_own(server: Server) -> None:
-    ids = [send(server)[0] for _ in range(3)]
+def test_without_an_id_each_request_gets_its_own(tiny_server: Server) -> None:
+    ids = [send(tiny_server)[0] for _ in range(3)]
     assert len(set(ids)) == 3
     assert all(re.fullmatch(r"[0-9a-f]{16}", each) for each in ids)
 
 
-def test_an_id_that_was_taken_over_is_that_of_the_line_and_of_an_error(server: Server) -> None:
+def test_an_id_that_was_taken_over_is_that_of_the_line_and_of_an_error(tiny_server: Server) -> None:
     headers = {"X-Request-ID": "mine-1"}
     body = {"prompt": "x", "max_tokens": 2}
     assert (
-        requests.post(server.url, json=body, headers=headers, timeout=60).headers["X-Request-ID"] == "mine-1"
+        requests.post(tiny_server.url, json=body, headers=headers, timeout=60).headers["X-Request-ID"]
+        == "mine-1"
     )
-    assert line_of(server, "mine-1")["completion_tokens"] == 2
-    refused = requests.post(server.url, data=b"{", headers=headers, timeout=60)
+    assert line_of(tiny_server, "mine-1")["completion_tokens"] == 2
+    refused = requests.post(tiny_server.url, data=b"{", headers=headers, timeout=60)
     assert (refused.status_code, refused.headers["X-Request-ID"]) == (400, "mine-1")

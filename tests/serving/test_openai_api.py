@@ -5,8 +5,8 @@ import codecs
 import json
 import re
 from collections import defaultdict
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Literal
 
 import openai
@@ -23,8 +23,9 @@ from openapi_spec_validator import validate
 from pydantic import BaseModel
 from tokenizers import Tokenizer
 
+from benchmarks.soak import read_metrics
 from serving.settings import DEMO_MODEL
-from tests.conftest import Server
+from tests.conftest import Server, occupied, until
 
 CHAT, TEXT = "/chat/completions", "/completions"
 BODIES: dict[str, dict[str, Any]] = {
@@ -38,14 +39,6 @@ ABSENT = object()
 
 def client_of(server: Server) -> OpenAI:
     return OpenAI(base_url=f"{server.url}/v1", api_key="any", max_retries=0, timeout=120)
-
-
-@pytest.fixture(scope="module")
-def tiny_server(start_server: Callable[..., Server], tiny_model: Path) -> Server:
-    """Random weights over single bytes, in a context of 512 tokens, under two names."""
-    return start_server(
-        tiny_model, "--served-model-name", "tiny,meta-llama/Tiny", "--max-queue", "16", "--max-num-seqs", "16"
-    )
 
 
 @pytest.fixture(scope="module")
@@ -831,87 +824,31 @@ def test_langchain(server: Server, tiny_server: Server) -> None:
 # Errors of the server.
 
 
-def test_a_key_that_is_wrong_and_a_queue_that_is_full(
-    start_server: Callable[..., Server], tiny_model: Path, documented: Any
-) -> None:
-    server = start_server(
-        tiny_model,
-        *("--served-model-name", "tiny", "--max-queue", "1", "--max-num-seqs", "1"),
-        *("--api-key", "secret", "--max-per-key", "9"),
-    )
-    with client_of(server) as stranger:
-        for route in ROUTES:
-            with pytest.raises(openai.AuthenticationError) as refused:
-                create(stranger, route)
-            assert refused.value.type == "authentication_error"
-            assert fits(refused.value.response.json(), "ErrorBody", documented)
-            assert 401 in statuses(documented, route)
-        with pytest.raises(openai.AuthenticationError):
-            stranger.models.list()
-        with pytest.raises(openai.AuthenticationError):
-            stranger.models.retrieve("tiny")
-    with client_of(server).with_options(api_key="secret") as client:
-        assert client.models.list().data
-        with create(client, CHAT, max_tokens=480, stream=True) as running:
-            next(running)
-            next(running)
-            with create(client, CHAT, stream=True):
-                for route in ROUTES:
-                    with pytest.raises(openai.RateLimitError) as full:
-                        create(client, route)
-                    assert full.value.type == "rate_limit_error"
-                    assert int(full.value.response.headers["Retry-After"]) >= 1
-                    assert 429 in statuses(documented, route)
-        with pytest.raises(openai.BadRequestError) as caught:
-            create(client, CHAT, n=2)
-        assert caught.value.param == "n"
+def num_refused(server: Server) -> float:
+    return read_metrics(server.url)['llama_request_errors_total{reason="queue_full"}']
+
+
+@pytest.mark.parametrize("route", ROUTES)
+def test_a_queue_that_is_full(slow_server: Server, documented: Any, route: str) -> None:
+    with client_of(slow_server) as client:
+        with occupied(slow_server, 8):
+            for stream in (False, True):
+                with pytest.raises(openai.RateLimitError) as full:
+                    create(client, route, stream=stream)
+                assert full.value.type == "rate_limit_error"
+                assert int(full.value.response.headers["Retry-After"]) >= 1
+                assert 429 in statuses(documented, route)
+        with pytest.raises(openai.BadRequestError, match="5 answers are more than the 4") as caught:
+            create(client, route, n=5)
+        assert caught.value.param == ("n" if route == CHAT else "prompt")
         # The client waits as it is told, and asks again.
         patient = client.with_options(max_retries=10)
-        with create(patient, CHAT, max_tokens=100, stream=True), create(patient, CHAT, stream=True):
-            assert texts(create(patient, CHAT))
-
-
-class FailingServer(Server):
-    """The real one, in which each step fails that has a request with the seed 13 and six tokens."""
-
-    program = (
-        "-c",
-        """
-import api
-from engine.model_runner import ModelRunner
-
-run = ModelRunner.run
-def failing(self, batch):
-    if any(c.sequence.params.seed == 13 and c.sequence.num_output_tokens == 6 for c in batch):
-        raise RuntimeError("an internal secret")
-    return run(self, batch)
-ModelRunner.run = failing
-api.main()
-""",
-    )
-
-
-def test_a_failure_in_the_engine_is_an_internal_server_error(
-    tiny_model: Path, tmp_path: Path, documented: Any
-) -> None:
-    server = FailingServer(tiny_model, tmp_path, "--served-model-name", "tiny")
-    try:
-        with client_of(server) as client:
-            for route in ROUTES:
-                fields = {"seed": 13, "max_tokens": 20}
-                with pytest.raises(openai.InternalServerError, match=r"request \w+ failed") as failed:
-                    create(client, route, **fields)
-                assert (failed.value.status_code, failed.value.type) == (500, "server_error")
-                assert "secret" not in failed.value.response.text
-                assert 500 in statuses(documented, route)
-                stream = create(client, route, **fields, stream=True)
-                next(stream)
-                with pytest.raises(openai.APIError, match=r"request \w+ failed") as broken:
-                    list(stream)
-                assert "secret" not in str(broken.value.body)
-                assert len(texts(create(client, route, **{**fields, "seed": 14}))) == 1
-    finally:
-        server.stop()
+        with ThreadPoolExecutor(1) as executor:
+            with occupied(slow_server, 8):
+                refused = num_refused(slow_server)
+                answer = executor.submit(create, patient, route)
+                until(lambda: num_refused(slow_server) > refused)
+            assert len(texts(answer.result())) == 1
 
 
 # /docs

@@ -2,13 +2,16 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 import requests
+import torch
 
-from serving.settings import Settings
-from tests.conftest import ROOT, Server
+from engine.engine import check
+from serving.settings import DEMO_MODEL, Settings
+from tests.conftest import LIMIT, ROOT, Server
 from tests.models import make_model
 
 
@@ -49,7 +52,6 @@ def test_help_names_every_setting_and_its_meaning() -> None:
         (["--port"], {}, "--port"),
         (["extra"], {}, "extra"),
         ([], {"LLAMA_PORT": "abc"}, "--port"),
-        (["--model", "/nowhere"], {}, "/nowhere"),
         (["--models-folder", "/nowhere"], {}, "/nowhere"),
     ],
 )
@@ -63,22 +65,26 @@ def test_a_wrong_option_is_named_in_one_line_and_ends_with_2(
     assert named in result.stderr
 
 
-def test_cuda_is_not_taken_where_there_is_none() -> None:
-    import torch
-
-    if torch.cuda.is_available():
-        pytest.skip("there is a GPU")
-    result = api("--model", "demo", "--device", "cuda")
-    assert (result.returncode, len(result.stderr.splitlines())) == (2, 1)
-
-
-def test_a_model_whose_tokenizer_is_not_llama_3s_is_refused(tmp_path: Path) -> None:
+def test_what_can_not_be_served_is_found_in_a_moment_and_told_in_one_line(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"^/nowhere can't be served: .*no such folder.*$"):
+        check(Path("/nowhere"), "cpu")
+    if not torch.cuda.is_available():
+        with pytest.raises(ValueError, match=r"^.*cuda.*$"):
+            check(DEMO_MODEL, "cuda")
     make_model(tmp_path)
     tokenizer = tmp_path / "tokenizer.json"
     tokenizer.write_text(tokenizer.read_text().replace("<|start_header_id|>", "<|im_start|>"))
+    with pytest.raises(ValueError, match=r"^.*not Llama-3's.*$"):
+        check(tmp_path, "cpu")
+
+
+def test_a_model_that_is_no_llama_is_refused(tmp_path: Path) -> None:
+    make_model(tmp_path)
+    config = tmp_path / "config.json"
+    config.write_text(config.read_text().replace('"model_type": "llama"', '"model_type": "mistral"'))
     result = api("--model", str(tmp_path))
     assert result.returncode == 2
-    assert "not Llama-3's" in result.stderr
+    assert "model_type is 'mistral'" in result.stderr
     assert len(result.stderr.splitlines()) == 1
 
 
@@ -92,9 +98,10 @@ def test_a_public_address_is_warned_about(server: Server, tmp_path: Path) -> Non
         try:
             while "Uvicorn running on http://0.0.0.0:" not in (text := (tmp_path / "log").read_text()):
                 assert process.poll() is None, text
+                time.sleep(0.05)
         finally:
             process.send_signal(signal.SIGINT)
-            process.wait(30)
+            process.wait(LIMIT)
     assert "asks for no key" in text
 
 
@@ -107,8 +114,9 @@ def test_uvicorn_serves_it_too(tmp_path: Path) -> None:
         try:
             while "Uvicorn running on" not in (text := (tmp_path / "log").read_text()):
                 assert process.poll() is None, text
+                time.sleep(0.05)
             url = text.split("Uvicorn running on ")[1].split()[0]
             assert requests.post(url, json={"prompt": "你好"}, timeout=60).json()["status"] == 200
         finally:
             process.send_signal(signal.SIGINT)
-            assert process.wait(30) is not None
+            assert process.wait(LIMIT) is not None

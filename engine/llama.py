@@ -1,0 +1,112 @@
+"""Llama's forward pass over the tokens of a step, packed one sequence behind the other, without padding.
+
+The weights are those that transformers has loaded, but matrices that read the same input are joined to one:
+alone, those of keys and values are too small to keep a processor busy. What lies between two matrices is
+one function of `engine.ops`.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import LlamaConfig, LlamaForCausalLM
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer
+
+from engine.attention import AttentionBatch, attend
+from engine.ops import add_norm, rotate_and_store, silu_mul
+from engine.packed_linear import PackedLinear, can_pack
+
+
+class Llama(nn.Module):
+    """A Llama of any size, with the weights of transformers' and a paged KV cache."""
+
+    def __init__(self, model: LlamaForCausalLM) -> None:
+        """Takes the weights out of `model`, a layer at a time: there is never a second copy of them all.
+
+        Raises:
+            ValueError: if the model computes what this does not.
+        """
+        super().__init__()
+        self.config: LlamaConfig = model.config
+        if self.config.hidden_act != "silu":
+            raise ValueError(f"the model's activation is {self.config.hidden_act}; only silu is computed")
+        self.embedding: Any = model.model.embed_tokens
+        self.rotary: Any = model.model.rotary_emb
+        self.layers = nn.ModuleList()
+        while model.model.layers:
+            self.layers.append(Layer(model.model.layers.pop(0)))
+        self.norm: Any = model.model.norm
+        self.head = join(model.lm_head)
+        self.dtype: torch.dtype = model.dtype
+        self.device: torch.device = model.device
+
+    def forward(
+        self, token_ids: Tensor, positions: Tensor, batch: AttentionBatch, kept: Tensor | None = None
+    ) -> Tensor:
+        """Stores the keys and values of a step's tokens, and computes the logits that follow some of them.
+
+        Args:
+            token_ids, positions: [tokens].
+            kept: [rows], which of the tokens those are; None: all.
+
+        Returns:
+            [rows, vocab_size], float32.
+        """
+        delta = self.embedding(token_ids)
+        residual = torch.zeros_like(delta)
+        cos, sin = (embedding[0] for embedding in self.rotary(delta, positions.unsqueeze(0)))
+        for layer, cache in zip(self.layers, batch.kv_cache, strict=True):
+            delta = layer(residual, delta, cos, sin, batch, cache)
+        if kept is not None:
+            residual, delta = residual[kept], delta[kept]
+        logits: Tensor = self.head(add_norm(residual, delta, self.norm))
+        return logits.float()
+
+
+class Layer(nn.Module):
+    """Attention and MLP. What they compute is added to the residual stream by whoever reads it next."""
+
+    def __init__(self, layer: LlamaDecoderLayer) -> None:
+        super().__init__()
+        attention, mlp = layer.self_attn, layer.mlp
+        self._head_dim: int = attention.head_dim
+        self._scaling: float = attention.scaling
+        self.attention_norm = layer.input_layernorm
+        self.qkv = join(attention.q_proj, attention.k_proj, attention.v_proj)
+        self.output = join(attention.o_proj)
+        self.mlp_norm = layer.post_attention_layernorm
+        self.gate_up = join(mlp.gate_proj, mlp.up_proj)
+        self.down = join(mlp.down_proj)
+
+    def forward(
+        self, residual: Tensor, delta: Tensor, cos: Tensor, sin: Tensor, batch: AttentionBatch, cache: Tensor
+    ) -> Tensor:
+        """
+        Args:
+            residual: [tokens, hidden_size], the residual stream, to which `delta` is added in place.
+            delta: [tokens, hidden_size], what the layer before has computed.
+            cos, sin: [tokens, head_dim].
+            cache: this layer's, as in AttentionBatch.
+
+        Returns:
+            [tokens, hidden_size], what is to be added next.
+        """
+        heads = self.qkv(add_norm(residual, delta, self.attention_norm)).view(len(delta), -1, self._head_dim)
+        queries = rotate_and_store(heads, cos, sin, batch.slots, cache)
+        delta = self.output(attend(queries, cache, batch, self._scaling).flatten(1))
+        gated = silu_mul(self.gate_up(add_norm(residual, delta, self.mlp_norm)))
+        return self.down(gated)  # type: ignore[no-any-return]
+
+
+def join(*layers: nn.Linear) -> nn.Module:
+    """One linear layer that gives what `layers` give, side by side."""
+    weight = torch.cat([layer.weight.detach() for layer in layers]) if len(layers) > 1 else layers[0].weight
+    biases = [layer.bias.detach() for layer in layers if layer.bias is not None]
+    bias = torch.cat(biases) if biases else None
+    if can_pack(weight):
+        return PackedLinear(weight, bias)
+    joined = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
+    joined.weight = nn.Parameter(weight, requires_grad=False)
+    if bias is not None:
+        joined.bias = nn.Parameter(bias, requires_grad=False)
+    return joined

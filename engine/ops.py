@@ -1,0 +1,60 @@
+"""What lies between the matrices of a layer: in plain PyTorch, and on CUDA as one kernel each."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
+
+
+def add_norm(residual: Tensor, delta: Tensor, norm: LlamaRMSNorm) -> Tensor:
+    """Adds `delta` to `residual` in place, and gives the sum's RMS norm (Zhang, Sennrich, 2019).
+
+    Args:
+        residual, delta: [tokens, hidden_size].
+
+    Returns:
+        [tokens, hidden_size]
+    """
+    if residual.is_cuda:
+        from engine import layer_kernels  # Triton comes with torch for CUDA only
+
+        return layer_kernels.add_norm(residual, delta, norm.weight, norm.variance_epsilon)
+    return F.rms_norm(residual.add_(delta), norm.weight.shape, norm.weight, norm.variance_epsilon)
+
+
+def rotate_and_store(heads: Tensor, cos: Tensor, sin: Tensor, slots: Tensor, cache: Tensor) -> Tensor:
+    """Rotary position embedding (Su et al., 2021) of queries and keys, in place; keys and values then go to
+    the cache. The second half of a head's channels are the partners of the first, as in the weights that
+    transformers reads.
+
+    Args:
+        heads: [tokens, heads + 2 * kv_heads, head_dim]: queries, keys, values.
+        cos, sin: [tokens, head_dim].
+        slots, cache: as in AttentionBatch, of one layer.
+
+    Returns:
+        The queries, [tokens, heads, head_dim], a part of `heads`.
+    """
+    num_kv_heads = cache.shape[3]
+    num_heads = heads.shape[1] - 2 * num_kv_heads
+    if heads.is_cuda:
+        from engine import layer_kernels
+
+        layer_kernels.rotate_and_store(heads, cos, sin, slots, cache)
+    else:
+        rotated = heads[:, : num_heads + num_kv_heads]
+        first, second = rotated.chunk(2, dim=-1)
+        partners = torch.cat((-second, first), dim=-1)
+        rotated.mul_(cos.unsqueeze(1)).addcmul_(partners, sin.unsqueeze(1))
+        cache.flatten(0, 1).index_copy_(0, slots, heads[:, num_heads:].view(len(heads), 2, num_kv_heads, -1))
+    return heads[:, :num_heads]
+
+
+def silu_mul(gate_up: Tensor) -> Tensor:
+    """[tokens, 2 * n] -> [tokens, n]: the second half, gated by the first (Shazeer, 2020, "SwiGLU")."""
+    if gate_up.is_cuda:
+        from engine import layer_kernels
+
+        return layer_kernels.silu_mul(gate_up)
+    gate, up = gate_up.chunk(2, dim=-1)
+    return F.silu(gate).mul_(up)

@@ -1,0 +1,53 @@
+"""What CUDA graphs replay, run without them: padding changes nothing."""
+
+import random
+from pathlib import Path
+
+import pytest
+import torch
+
+from engine.block_pool import BlockPool
+from engine.decode_graphs import DecodeInputs, padded_sizes
+from engine.model_runner import ModelRunner, load_model
+from engine.scheduler import Scheduler
+from engine.sequence import BLOCK_SIZE, SamplingParams, Sequence
+from tests.models import SHAPES, make_model
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize("max_num_seqs", [1, 2, 3, 8, 200, 256])
+def test_every_number_of_sequences_has_a_size_of_less_than_twice_its_own(max_num_seqs: int) -> None:
+    sizes = padded_sizes(max_num_seqs)
+    assert sizes == sorted(set(sizes))
+    assert sizes[-1] == max_num_seqs
+    for number in range(1, max_num_seqs + 1):
+        assert min(size for size in sizes if size >= number) < 2 * number
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@torch.inference_mode()
+def test_padded_steps_give_the_logits_of_plain_ones(shape: str, tmp_path: Path) -> None:
+    """Whoever came, left, grew or was preempted in the steps before."""
+    generator = random.Random(0)
+    model = load_model(make_model(tmp_path, shape), CPU, torch.float32)
+    runner = ModelRunner(model, num_blocks=12, max_num_seqs=6)
+    inputs = DecodeInputs(runner._kv_cache, max_num_seqs=6, max_blocks=8)
+    scheduler = Scheduler(BlockPool(12, BLOCK_SIZE), max_batch_tokens=64, max_num_seqs=6)
+    for _ in range(20):
+        prompt = generator.choices(range(256), k=generator.choice([1, 5, 15, 16, 17]))
+        scheduler.add(Sequence(prompt, SamplingParams(max_tokens=generator.randrange(2, 100))))
+    sizes = set()
+    while scheduler.has_work:
+        batch = scheduler.schedule()
+        if all(chunk.num_tokens == 1 for chunk in batch):
+            sequences = [chunk.sequence for chunk in batch]
+            size = min(size for size in padded_sizes(6) if size >= len(sequences))
+            sizes.add((len(sequences), size))
+            inputs.fill(sequences, size)
+            expected = runner._forward(batch)
+            padded = inputs.forward(model, size)
+            torch.testing.assert_close(padded[: len(batch)], expected, rtol=1e-4, atol=1e-4)
+        scheduler.postprocess(batch, runner.run(batch))
+    assert scheduler.num_preemptions
+    assert {(3, 4), (5, 6), (1, 1)} <= sizes
