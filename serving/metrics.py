@@ -1,7 +1,7 @@
 """What Prometheus scrapes. What vLLM has too has its meaning and its name, with `llama_` for `vllm:`."""
 
 from collections.abc import Iterator
-from typing import Literal, get_args
+from typing import TYPE_CHECKING, Literal, get_args
 
 from fastapi import APIRouter, Request
 from fastapi.responses import Response
@@ -17,7 +17,8 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.exposition import choose_encoder
 from prometheus_client.registry import Collector
 
-from engine.engine import Engine
+if TYPE_CHECKING:  # a proxy in front of the engine has these figures' names, and no torch
+    from engine.engine import Engine
 
 Outcome = Literal["stop", "length", "aborted", "error"]
 """How a request ended that the engine took: complete, cut, left by its client, or failed."""
@@ -54,7 +55,7 @@ def scrape(request: Request) -> Response:
 class Metrics:
     """The figures of one server. It counts what goes over the wire; the rest is read from the engine."""
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, engine: "Engine") -> None:
         self.registry = registry = CollectorRegistry()
         registry.register(_EngineFigures(engine))
         ProcessCollector(registry=registry)
@@ -108,7 +109,7 @@ class Metrics:
 class _EngineFigures(Collector):
     """What the engine counts for itself, read when it is asked for: a step pays nothing for it."""
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, engine: "Engine") -> None:
         self._engine = engine
 
     def collect(self) -> Iterator[Metric]:

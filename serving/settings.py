@@ -119,9 +119,9 @@ class Settings(BaseSettings):
         return self.host not in ("127.0.0.1", "::1", "localhost")
 
     @classmethod
-    def from_command_line(cls, arguments: Seq[str] | None = None) -> Self:
+    def from_command_line(cls, arguments: Seq[str] | None = None, *, program: str = "api.py") -> Self:
         """Reads flags and variables. Where one is wrong, says which in one line and exits with 2."""
-        parser = _Parser(prog="api.py", description="Serves Llama-3-8B-Instruct over HTTP.")
+        parser = _Parser(prog=program, description="Serves Llama-3-8B-Instruct over HTTP.")
         source: CliSettingsSource[argparse.ArgumentParser] = CliSettingsSource(cls, root_parser=parser)
         try:
             return CliApp.run(

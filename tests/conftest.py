@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -87,6 +88,10 @@ def begin(url: str, executor: ThreadPoolExecutor, **body: object) -> "Future[lis
     return future
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--ray", action="store_true", help="let the servers of the tests be those of Ray Serve")
+
+
 class Server:
     """A running `python api.py`."""
 
@@ -115,7 +120,7 @@ class Server:
     def answers(self) -> bool:
         try:
             return requests.get(f"{self.url}/health", timeout=5).status_code == 200
-        except requests.ConnectionError:
+        except (requests.ConnectionError, requests.Timeout):
             return False
 
     @property
@@ -132,13 +137,39 @@ class Server:
         self.process.wait()
 
 
+class RayServer(Server):
+    """A running `python deploy/ray_serve.py`, with the cluster that it has started."""
+
+    program = ("deploy/ray_serve.py",)
+
+    @property
+    def log(self) -> str:
+        """As the replicas have written it."""
+        return re.sub(r"^\(\S+ pid=\d+\) ", "", self.prefixed_log, flags=re.MULTILINE)
+
+    @property
+    def prefixed_log(self) -> str:
+        """As Ray passes it on, with the writer's name and pid before each line."""
+        return super().log
+
+    def stop(self) -> None:
+        self.process.terminate()
+        try:
+            self.process.wait(60)
+        finally:
+            super().stop()
+
+
 @pytest.fixture(scope="session")
-def start_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Server]]:
+def start_server(
+    tmp_path_factory: pytest.TempPathFactory, pytestconfig: pytest.Config
+) -> Iterator[Callable[..., Server]]:
     """Starts a server for a model, with flags; all are stopped at the end."""
     servers: list[Server] = []
+    kind = RayServer if pytestconfig.getoption("ray") else Server
 
     def start(model: str | Path, *flags: str) -> Server:
-        servers.append(Server(model, tmp_path_factory.mktemp("server"), *flags))
+        servers.append(kind(model, tmp_path_factory.mktemp("server"), *flags))
         return servers[-1]
 
     yield start

@@ -38,3 +38,12 @@ def test_systemd_reads_the_unit(tmp_path: Path) -> None:
         [analyze, "verify", str(unit)], capture_output=True, text=True, timeout=60, check=False
     )
     assert (result.returncode, result.stderr) == (0, "")
+
+
+def test_every_argument_of_rays_file_is_a_setting() -> None:
+    [arguments] = re.findall(
+        r"^    args:.*\n((?:      .*\n)+)", (ROOT / "deploy" / "ray_serve.yaml").read_text(), re.M
+    )
+    names = set(re.findall(r"^ +(\w+):", arguments, re.M))
+    assert {"model", "models_folder", "replicas"} & names
+    assert names <= set(Settings.model_fields) | {"replicas", "max_replicas", "target_requests"}

@@ -264,8 +264,7 @@ def test_a_client_that_leaves_is_noticed_and_its_request_ended(slow_server: Serv
     lines = len(slow_server.log.splitlines())
     with posted(slow_server, **LONG | {"stream": streaming}):
         until(lambda: slow_server.load == (1, 0))
-    until(lambda: len(slow_server.log.splitlines()) > lines)
-    assert "finish_reason=aborted" in slow_server.log.splitlines()[lines]
+    until(lambda: "finish_reason=aborted" in "".join(slow_server.log.splitlines()[lines:]))
     until(lambda: slow_server.load == (0, 0))
 
 
@@ -273,7 +272,7 @@ def test_a_request_has_a_line_in_the_log_without_its_content(server: Server) -> 
     response = server.post(prompt="secret 秘密")
     line = log_line(server, response.headers["X-Request-ID"])
     assert re.search(
-        r"^\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d+ INFO \w+ prompt_tokens=\d+ completion_tokens=\d+ "
+        r"^\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d+ INFO [\w-]+ prompt_tokens=\d+ completion_tokens=\d+ "
         r"ttft=[\d.]+s duration=[\d.]+s finish_reason=stop$",
         line,
     )
