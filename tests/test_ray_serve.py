@@ -41,6 +41,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def two(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[RayServer]:
     server = RayServer(model, tmp_path_factory.mktemp("server"), "--replicas", "2")
+    until(lambda: "2 replicas serve on" in server.log)  # it answers when there is one
     yield server
     server.stop()
 
@@ -128,6 +129,7 @@ def test_a_session_stays_with_its_replica_and_others_go_where_there_is_room(two:
             ids.setdefault(session or "none", []).append(f"{session}-{n}")
     homes = {session: set(pids_of(two, request_ids)) for session, request_ids in ids.items()}
     assert all(len(pids) == 1 for session, pids in homes.items() if session != "none")
+    until(lambda: len(answering(two)) == 2)
 
 
 def test_a_killed_replica_costs_nobody_an_answer_that_had_not_begun(two: RayServer) -> None:
