@@ -291,7 +291,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("one", type=Path, help="what benchmarks.serving has printed last, of one replica")
     parser.add_argument("--replicas", type=int, default=2, help="default: 2")
     parser.add_argument("--measured", type=Path, help="the same of so many replicas")
-    parser.add_argument("--max-batch-tokens", type=int, default=128, help="of the server (default: 128)")
+    parser.add_argument("--max-batch-tokens", type=int, default=64, help="of the server (default: 64)")
     parser.add_argument("--kv-cache-tokens", type=int, default=131_072, help="of a replica (default: 131072)")
     parser.add_argument("--users", type=int, default=0, help="in conversation; 0: none (default)")
     parser.add_argument("--turns", type=int, default=8, help="of a conversation (default: 8)")

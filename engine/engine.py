@@ -419,7 +419,7 @@ def load(
             torch.set_num_threads(threads)
         on = choose_device(device)
         loaded = load_model(model, on, choose_dtype(dtype, on))
-        batch_tokens = max_batch_tokens or (128 if on.type == "cpu" else 2048)
+        batch_tokens = max_batch_tokens or (64 if on.type == "cpu" else 2048)
         num_seqs = min(max_num_seqs, batch_tokens)  # each takes a token of the budget
         context = _context(loaded.config.max_position_embeddings, max_model_len)
         # On the CPU, whose memory is the user's, a few of the longest sequences; more than all is of no use.
