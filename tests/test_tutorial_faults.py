@@ -121,12 +121,8 @@ def test_15_one_user_does_not_block_the_others(slow_server: Server) -> None:
 
 def test_16_no_cache_is_emptied_while_serving() -> None:
     """Emptying it makes CUDA wait, for everybody; at start, to see what memory is free, it may."""
-    callers = [
-        path.name
-        for path in ROOT.glob("*/*.py")
-        if "empty_cache" in path.read_text() and "tests" not in str(path)
-    ]
-    assert set(callers) <= {"model_runner.py", "tutorial_server.py"}
+    served = [ROOT / "api.py", *(ROOT / "serving").glob("*.py"), *(ROOT / "engine").glob("*.py")]
+    assert [path.name for path in served if "empty_cache" in path.read_text()] == ["model_runner.py"]
     import inspect
 
     from engine.model_runner import ModelRunner
