@@ -31,7 +31,7 @@ from urllib.request import urlopen
 
 import psutil
 
-from benchmarks.serving import start_server
+from benchmarks.serving import ServerError, start_server
 
 PATIENCE = 120.0  # seconds after which a client that has no answer counts as hanging
 MAX_QUEUE = 64  # of the server that is started: so few that bursts are refused
@@ -407,8 +407,14 @@ def main() -> None:
     else:
         flags = ["--model", "demo", "--device", "cpu", "--host", "127.0.0.1", "--threads", str(args.threads)]
         command = [sys.executable, "api.py", *flags, "--max-queue", str(MAX_QUEUE)]
-        with tempfile.TemporaryDirectory() as folder, start_server("soak", command, Path(folder)) as server:
-            result = asyncio.run(soak(server.url, server.pid, args.seconds, args.clients, args.seed))
+        try:
+            with (
+                tempfile.TemporaryDirectory() as folder,
+                start_server("soak", command, Path(folder)) as server,
+            ):
+                result = asyncio.run(soak(server.url, server.pid, args.seconds, args.clients, args.seed))
+        except ServerError as error:
+            sys.exit(str(error))
     print(json.dumps(result))
     sys.exit(not is_clean(result))
 
