@@ -56,6 +56,7 @@ class AttentionBatch:
     slots: Tensor
     """[tokens] The place of each token in the cache: block * block_size + offset."""
     contexts: list[Contexts]
+    """Of the step's first tokens, in order; the spans are of those behind them."""
     spans: list[Span]
 
 
@@ -78,12 +79,12 @@ def attend(queries: Tensor, blocks: Tensor, batch: AttentionBatch, scaling: floa
     Returns:
         [tokens, heads, head_dim]
     """
-    output = torch.empty(queries.shape, dtype=queries.dtype, device=queries.device)
-    for contexts in batch.contexts:
-        output[contexts.queries] = _attend_to_contexts(queries[contexts.queries], blocks, contexts, scaling)
-    for span in batch.spans:
-        output[span.queries] = _attend_to_span(queries[span.queries], blocks, span, scaling)
-    return output
+    parts = [
+        _attend_to_contexts(queries[contexts.queries], blocks, contexts, scaling)
+        for contexts in batch.contexts
+    ]
+    parts += [_attend_to_span(queries[span.queries], blocks, span, scaling) for span in batch.spans]
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 def _attend_to_contexts(queries: Tensor, blocks: Tensor, contexts: Contexts, scaling: float) -> Tensor:

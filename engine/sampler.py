@@ -95,18 +95,20 @@ class Sampler:
         penalty as in OpenAI's API reference."""
         for sequence in sequences:
             self._claim_row(sequence)
-        rows, repetition, presence, frequency, *_ = knobs
         if logits.is_cuda:
             from engine.sample_kernels import penalize  # Triton comes with torch for CUDA only
 
             return penalize(
-                logits, rows, self._in_prompt, self._output_counts, repetition, presence, frequency
-            )
-        counts = self._output_counts[rows]
-        seen = self._in_prompt[rows] | (counts > 0)
-        factor = repetition.unsqueeze(1)
+                logits, knobs.rows, self._in_prompt, self._output_counts,
+                knobs.repetition, knobs.presence, knobs.frequency,
+            )  # fmt: skip
+        counts = self._output_counts[knobs.rows]
+        seen = self._in_prompt[knobs.rows] | (counts > 0)
+        factor, presence, frequency = (
+            column.unsqueeze(1) for column in (knobs.repetition, knobs.presence, knobs.frequency)
+        )
         logits = torch.where(seen, torch.where(logits < 0, logits * factor, logits / factor), logits)
-        return logits - (frequency.unsqueeze(1) * counts + presence.unsqueeze(1) * (counts > 0))
+        return logits - (frequency * counts + presence * (counts > 0))
 
     def _claim_row(self, sequence: Sequence) -> None:
         """Fills a sequence's row, if it was another's before. One that was preempted comes with an answer."""
@@ -114,7 +116,7 @@ class Sampler:
         if self._owners[row] is sequence:
             return
         self._owners[row] = sequence
-        if not sequence.params.penalizes:
+        if not sequence.params.penalizes:  # its tokens are counted, but what is there means nothing
             return
         token_ids = torch.tensor(sequence.token_ids, device=self._in_prompt.device)
         self._in_prompt[row] = False
@@ -174,17 +176,16 @@ def _choose(logits: Tensor, knobs: Knobs, sequences: Seq[Sequence]) -> Tensor:
 
     The vocabulary is sorted only where somebody's parameters rank it, and on CUDA never.
     """
-    *_, temperature, top_k, top_p, min_p, uniform = knobs
     if logits.is_cuda:
         from engine.sample_kernels import choose
 
-        return choose(logits, temperature, top_k, top_p, min_p, uniform)
+        return choose(logits, knobs.temperature, knobs.top_k, knobs.top_p, knobs.min_p, knobs.uniform)
     highest, token_ids = logits.max(-1)
     if not all(sequence.params.is_greedy for sequence in sequences):
-        probs = (logits / temperature.clamp(min=1e-6).unsqueeze(1)).softmax(-1)
+        probs = (logits / knobs.temperature.clamp(min=1e-6).unsqueeze(1)).softmax(-1)
         if any(sequence.params.truncates for sequence in sequences):
-            probs *= probs >= _least_kept(probs, top_k.long(), top_p, min_p)
-        token_ids = torch.where(temperature > 0, _invert(probs, uniform), token_ids)
+            probs *= probs >= _least_kept(probs, knobs.top_k.long(), knobs.top_p, knobs.min_p)
+        token_ids = torch.where(knobs.temperature > 0, _invert(probs, knobs.uniform), token_ids)
     return token_ids.where(highest.isfinite(), -1)
 
 
