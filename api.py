@@ -106,6 +106,7 @@ async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         max_batch_tokens=settings.max_batch_tokens,
         kv_cache_tokens=settings.kv_cache_tokens,
         gpu_memory_utilization=settings.gpu_memory_utilization,
+        speculate=settings.speculate,
         request_timeout=settings.request_timeout,
     )
     app.state.metrics = metrics.Metrics(engine)

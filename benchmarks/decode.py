@@ -203,10 +203,9 @@ def measure_steps(
     ]
 
     def step() -> None:
-        token_ids = runner.run([Chunk(sequence, 1) for sequence in sequences])
-        for sequence, token_id in zip(sequences, token_ids, strict=True):
+        runner.run([Chunk(sequence, 1) for sequence in sequences])
+        for sequence in sequences:
             sequence.num_computed += 1
-            sequence.append(token_id)
 
     times = [timed(step, args.device) for _ in range(WARM_UP_STEPS + args.steps)]
     return statistics.median(times[WARM_UP_STEPS:])
@@ -218,7 +217,7 @@ def measure_prefill(runner: ModelRunner, num_tokens: int, args: argparse.Namespa
     def prefill() -> None:
         sequence = Sequence([0] * num_tokens, SamplingParams(**SAMPLING), row=0)
         sequence.block_table = list(range(-(-num_tokens // BLOCK_SIZE)))
-        while sequence.num_pending:
+        while sequence.num_output_tokens == 0:
             chunk = Chunk(sequence, min(sequence.num_pending, args.max_batch_tokens))
             runner.run([chunk])
             sequence.num_computed += chunk.num_tokens

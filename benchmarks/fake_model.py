@@ -48,16 +48,17 @@ class FakeRunner:
         self.steps: list[tuple[float, int]] = []
         """When each began, and how many sequences it sampled."""
 
-    def run(self, batch: list[Chunk]) -> list[int | None]:
+    def run(self, batch: list[Chunk]) -> None:
         for _ in range(self._host_ops):
             self._tensor.add_(1)
         begun = time.perf_counter()
-        sampled: list[int | None] = [next(self._token_ids) for chunk in batch if chunk.samples]
-        self.steps.append((begun, len(sampled)))
+        sampling = [chunk.sequence for chunk in batch if chunk.samples]
+        for sequence in sampling:
+            sequence.append(next(self._token_ids))
+        self.steps.append((begun, len(sampling)))
         ends = begun + self._step_seconds
         if (left := ends - time.perf_counter()) > 0:
             time.sleep(left)
-        return sampled
 
     def check_device(self) -> None:
         """There is none that could be lost."""

@@ -35,7 +35,7 @@ class Contexts:
 
 @dataclass(frozen=True)
 class Span:
-    """What a sequence attends to that has several queries: a part of a prompt."""
+    """What a sequence attends to that has several queries: a part of a prompt, or guesses."""
 
     queries: slice
     """Its tokens among the step's."""

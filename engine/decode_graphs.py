@@ -8,7 +8,8 @@ from torch import Tensor
 
 from engine.attention import AttentionBatch, Contexts
 from engine.llama import Llama
-from engine.sequence import BLOCK_SIZE, Sequence
+from engine.scheduler import Chunk, only_decodes
+from engine.sequence import BLOCK_SIZE
 
 log = logging.getLogger("llama.engine")
 
@@ -16,15 +17,16 @@ log = logging.getLogger("llama.engine")
 class DecodeInputs:
     """What the forward pass of a decode step reads, at places in memory that stay.
 
-    A step is padded with sequences of one token, whose keys and values go to a block that is nobody's. Block
-    tables stay on the device, a row for each that runs: only the blocks that a step has added go there.
+    Each token is a query of its own, a sequence's guesses too: they see more and more of its context. A step
+    is padded with queries of one token, whose keys and values go to a block that is nobody's. Block tables
+    stay on the device, a row for each that runs: only the blocks that a step has added go there.
     """
 
     def __init__(self, kv_cache: list[Tensor], *, max_num_seqs: int, max_blocks: int) -> None:
         """
         Args:
             kv_cache: as in AttentionBatch; its last block is for padding.
-            max_num_seqs: the most sequences of a step.
+            max_num_seqs: the most sequences that run at once, and the most tokens of a step.
             max_blocks: the most blocks of a sequence.
         """
         self._kv_cache = kv_cache
@@ -39,24 +41,28 @@ class DecodeInputs:
         self._written: list[tuple[list[int], int]] = [([], 0)] * max_num_seqs
         """Of each row: whose block table it is, and how many blocks of it are there."""
 
-    def fill(self, sequences: list[Sequence], size: int) -> None:
-        """Writes a step of `sequences`, padded to `size` of them."""
-        self._write_new_blocks(sequences)
-        inputs = [(s.token_ids[-1], s.num_computed, s.slot(s.num_computed), s.row) for s in sequences]
-        inputs += [self._padding] * (size - len(sequences))
+    def fill(self, batch: list[Chunk], size: int) -> None:
+        """Writes a step, padded to `size` queries."""
+        self._write_new_blocks(batch)
+        inputs = [
+            (token_id, position, chunk.sequence.slot(position), chunk.sequence.row)
+            for chunk in batch
+            for token_id, position in zip(chunk.input_ids, chunk.positions, strict=True)
+        ]
+        inputs += [self._padding] * (size - len(inputs))
         self._inputs[:, :size].copy_(self._on_device(inputs).T)
 
     def forward(self, model: Llama, size: int) -> Tensor:
-        """The logits that follow each of the first `size` sequences: [size, vocab_size], float32."""
+        """The logits that follow each of the first `size` tokens: [size, vocab_size], float32."""
         token_ids, positions, slots, rows = self._inputs[:, :size]
         contexts = Contexts(slice(0, size), self._block_tables[rows], (positions + 1).int())
         logits: Tensor = model(token_ids, positions, AttentionBatch(self._kv_cache, slots, [contexts], []))
         return logits
 
-    def _write_new_blocks(self, sequences: list[Sequence]) -> None:
+    def _write_new_blocks(self, batch: list[Chunk]) -> None:
         new: list[tuple[int, int, int]] = []
-        for sequence in sequences:
-            row, table = sequence.row, sequence.block_table
+        for chunk in batch:
+            row, table = chunk.sequence.row, chunk.sequence.block_table
             owner, count = self._written[row]
             if owner is not table:  # each time that it is admitted, a sequence gets another one
                 count = 0
@@ -73,7 +79,7 @@ class DecodeInputs:
 
 
 class DecodeGraphs:
-    """The forward pass of a decode step, captured for 1, 2, 4, 8, ... sequences."""
+    """The forward pass of a decode step, captured for 1, 2, 4, 8, ... tokens."""
 
     def __init__(self, model: Llama, inputs: DecodeInputs, *, max_num_seqs: int) -> None:
         """
@@ -91,17 +97,26 @@ class DecodeGraphs:
                 logits = inputs.forward(model, size)
             self._graphs[size] = graph, logits
             pool = graph.pool()
-            log.info("captured the decode step of %d sequences", size)
+            log.info("captured the decode step of %d tokens", size)
 
-    def run(self, sequences: list[Sequence]) -> Tensor:
-        """The logits of each sequence's next token: [sequences, vocab_size], float32, until the next run."""
-        size = min(size for size in self._graphs if size >= len(sequences))
-        self._inputs.fill(sequences, size)
+    def can_run(self, batch: list[Chunk]) -> bool:
+        """Whether a step only decodes, and is small enough."""
+        return only_decodes(batch) and _num_tokens(batch) <= max(self._graphs)
+
+    def run(self, batch: list[Chunk]) -> Tensor:
+        """The logits that follow each token: [tokens, vocab_size], float32, until the next run."""
+        num_tokens = _num_tokens(batch)
+        size = min(size for size in self._graphs if size >= num_tokens)
+        self._inputs.fill(batch, size)
         graph, logits = self._graphs[size]
         graph.replay()
-        return logits[: len(sequences)]
+        return logits[:num_tokens]
+
+
+def _num_tokens(batch: list[Chunk]) -> int:
+    return sum(len(chunk.positions) for chunk in batch)
 
 
 def padded_sizes(max_num_seqs: int) -> list[int]:
-    """The numbers of sequences for which there are graphs: each needs no more than twice its own work."""
+    """The numbers of tokens for which there are graphs: each needs no more than twice its own work."""
     return [*(1 << n for n in range((max_num_seqs - 1).bit_length())), max_num_seqs]

@@ -4,7 +4,7 @@ import asyncio
 import logging
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
@@ -38,7 +38,7 @@ from engine.model_runner import (
     kv_tokens_that_fit,
     load_model,
 )
-from engine.scheduler import Scheduler
+from engine.scheduler import Chunk, Scheduler
 from engine.sequence import BLOCK_SIZE, SamplingParams, Sequence
 
 log = logging.getLogger("llama.engine")
@@ -66,6 +66,9 @@ class Stats:
     """Prompt tokens that were looked for in the cache, and of them those that were found."""
     prefix_cache_hits: int
     preemptions: int
+    drafts: int
+    """Tokens that were guessed and computed, and of them those that were right."""
+    right_drafts: int
 
 
 class Engine:
@@ -168,6 +171,8 @@ class Engine:
             prefix_cache_queries=scheduler.num_prompt_tokens,
             prefix_cache_hits=scheduler.num_cached_tokens,
             preemptions=scheduler.num_preemptions,
+            drafts=scheduler.num_drafts,
+            right_drafts=scheduler.num_right_drafts,
         )
 
     async def generate(
@@ -346,27 +351,28 @@ class Engine:
             return
         outputs: list[tuple[Sequence, Output | Exception]]
         try:
-            token_ids = self._runner.run(batch)
+            self._runner.run(batch)
         except Exception as error:
             self._runner.check_device()
             log.error("a step has failed, and with it %d requests", len(batch), exc_info=True)
-            failed = [chunk.sequence for chunk in batch]
-            for sequence in failed:
-                self._scheduler.remove(sequence)
-            outputs = [(sequence, GenerationError(str(error))) for sequence in failed]
+            for chunk in batch:
+                self._scheduler.remove(chunk.sequence)
+            outputs = [(chunk.sequence, GenerationError(str(error))) for chunk in batch]
         else:
-            outputs = [
-                (sequence, _output_of(sequence)) for sequence in self._scheduler.postprocess(batch, token_ids)
-            ]
+            self._scheduler.postprocess(batch)
+            outputs = [(chunk.sequence, output) for chunk in batch for output in _outputs_of(chunk)]
         self._loop.call_soon_threadsafe(self._dispatch, outputs)
 
 
-def _output_of(sequence: Sequence) -> Output | Exception:
+def _outputs_of(chunk: Chunk) -> Iterator[Output | Exception]:
+    """What a step brought to a sequence: its tokens, and the reason if it failed."""
+    sequence, token_ids = chunk.sequence, chunk.sampled
+    for left, token_id in zip(range(len(token_ids) - 1, -1, -1), token_ids, strict=True):
+        logprobs = sequence.logprobs[-1 - left] if sequence.logprobs else None
+        yield Output(token_id, None if left else sequence.finish_reason, logprobs)
     if sequence.error is not None:
         is_schemas = sequence.grammar is not None and sequence.grammar.has_failed
-        return (SchemaTooComplexError if is_schemas else GenerationError)(sequence.error)
-    logprobs = sequence.logprobs[-1] if sequence.logprobs else None
-    return Output(sequence.token_ids[-1], sequence.finish_reason, logprobs)
+        yield (SchemaTooComplexError if is_schemas else GenerationError)(sequence.error)
 
 
 def _wrap(seed: int) -> int:
@@ -402,6 +408,7 @@ def load(
     max_batch_tokens: int = 0,
     kv_cache_tokens: int = 0,
     gpu_memory_utilization: float = 0.9,
+    speculate: int = 0,
     request_timeout: float = 0,
 ) -> Engine:
     """Builds the engine for the model in the folder `model`. In each option, 0 and "auto" mean: choose.
@@ -441,7 +448,13 @@ def load(
             runner.capture_graphs(num_seqs, min(context, kv_tokens))
         return Engine(
             ChatFormat.from_pretrained(model),
-            Scheduler(pool, max_batch_tokens=batch_tokens, max_num_seqs=num_seqs),
+            Scheduler(
+                pool,
+                max_batch_tokens=batch_tokens,
+                max_num_seqs=num_seqs,
+                max_drafts=speculate,
+                max_drafted_tokens=max_drafted_tokens(on),
+            ),
             runner,
             thread=thread,
             vocab_size=loaded.config.vocab_size,
@@ -452,6 +465,11 @@ def load(
         )
 
     return thread.submit(build).result()
+
+
+def max_drafted_tokens(device: torch.device) -> int:
+    """Up to so many tokens, a step takes little longer than for one: most of it is reading the weights."""
+    return 8 if device.type == "cpu" else 64
 
 
 def _context(trained: int, asked: int) -> int:

@@ -17,7 +17,7 @@ from engine.sampler import Sampler
 from engine.scheduler import Chunk
 from engine.sequence import BLOCK_SIZE, SamplingParams, Sequence
 
-_PROMPT = sys.maxsize
+_SPAN = sys.maxsize
 
 
 def choose_device(name: str) -> torch.device:
@@ -89,49 +89,66 @@ class ModelRunner:
         self._graphs = DecodeGraphs(self._model, inputs, max_num_seqs=max_num_seqs)
 
     @torch.inference_mode()
-    def run(self, batch: list[Chunk]) -> list[int | None]:
-        """Computes a step.
-
-        Returns:
-            The sampled token of each chunk that samples, in order; None where its logits are not numbers.
-        """
+    def run(self, batch: list[Chunk]) -> None:
+        """Computes a step. Each sequence of a chunk that samples gets its next token, and one more for each
+        draft that is right; or the reason why none could be drawn."""
         logits = self._forward(batch)
-        sequences = [chunk.sequence for chunk in batch if chunk.samples]
-        return self._sampler.sample(logits, sequences) if sequences else []
+        self._sample(logits, [chunk for chunk in batch if chunk.samples])
 
     def check_device(self) -> None:
         """Raises if the device is lost. A step that fails may have failed alone."""
         if self._on_cuda:
             torch.cuda.synchronize()
 
+    def _sample(self, logits: Tensor, chunks: list[Chunk]) -> None:
+        """Draws the token behind each chunk. Where it is the one that was guessed, the logits of the next are
+        there too: it is drawn as if it had come in a step of its own.
+
+        Args:
+            logits: [rows, vocab_size], of each chunk one row, and one for each of its drafts.
+        """
+        rows: dict[Chunk, int] = {}
+        first = 0
+        for chunk in chunks:
+            rows[chunk] = first
+            first += 1 + len(chunk.drafts)
+        while rows:
+            sequences = [chunk.sequence for chunk in rows]
+            drawn_from = logits if len(rows) == len(logits) else logits[list(rows.values())]
+            for sequence, token_id in zip(
+                sequences, self._sampler.sample(drawn_from, sequences), strict=True
+            ):
+                sequence.append(token_id)
+            rows = {chunk: row + 1 for chunk, row in rows.items() if chunk.can_go_on}
+
     def _forward(self, batch: list[Chunk]) -> Tensor:
-        """The logits of each chunk that samples: [chunks, vocab_size], float32."""
-        if self._graphs is not None and all(chunk.num_tokens == 1 for chunk in batch):
-            return self._graphs.run([chunk.sequence for chunk in batch])
+        """The logits that follow each chunk that samples, and each of its drafts: [rows, vocab_size],
+        float32."""
+        if self._graphs is not None and self._graphs.can_run(batch):
+            return self._graphs.run(batch)
         token_ids: list[int] = []
         positions: list[int] = []
         slots: list[int] = []
-        last_row: dict[Chunk, int] = {}
+        kept: dict[Chunk, range] = {}
         contexts: list[Contexts] = []
         spans: list[Span] = []
         for likeness, alike in groupby(sorted(batch, key=self._likeness), self._likeness):
             start, chunks = len(token_ids), list(alike)
             for chunk in chunks:
-                sequence, first = chunk.sequence, chunk.sequence.num_computed
-                end = first + chunk.num_tokens
-                if likeness == _PROMPT:
+                if likeness == _SPAN:
                     spans.append(self._span(chunk, start=len(token_ids)))
-                token_ids += sequence.token_ids[first:end]
-                positions += range(first, end)
-                slots += (sequence.slot(position) for position in range(first, end))
-                last_row[chunk] = len(token_ids) - 1
-            if likeness != _PROMPT:
+                token_ids += chunk.input_ids
+                positions += chunk.positions
+                slots += map(chunk.sequence.slot, chunk.positions)
+                if chunk.samples:
+                    kept[chunk] = range(len(token_ids) - len(chunk.drafts) - 1, len(token_ids))
+            if likeness != _SPAN:
                 contexts.append(self._contexts(chunks, start))
         logits: Tensor = self._model(
             self._tensor(token_ids),
             self._tensor(positions),
             AttentionBatch(self._kv_cache, self._tensor(slots), contexts, spans),
-            self._tensor([last_row[chunk] for chunk in batch if chunk.samples]),
+            self._tensor([row for chunk in batch if chunk.samples for row in kept[chunk]]),
         )
         return logits
 
@@ -140,13 +157,13 @@ class ModelRunner:
         return self._device.type == "cuda"
 
     def _likeness(self, chunk: Chunk) -> int:
-        """Chunks of equal likeness are computed side by side, those of prompts behind all others.
+        """Chunks of equal likeness are computed side by side, those of several tokens behind all others.
 
         CUDA's kernel reads of each context what there is. The plain one reads as much of all as of the
         longest, so those of like length, within a factor of two, are put together.
         """
-        if chunk.num_tokens > 1:
-            return _PROMPT
+        if len(chunk.positions) > 1:
+            return _SPAN
         return 0 if self._on_cuda else len(chunk.sequence.block_table).bit_length()
 
     def _contexts(self, chunks: list[Chunk], start: int) -> Contexts:
@@ -160,12 +177,12 @@ class ModelRunner:
 
     def _span(self, chunk: Chunk, start: int) -> Span:
         """Of a chunk of several tokens, whose rows begin at `start`."""
-        context_len = chunk.sequence.num_computed + chunk.num_tokens
+        num_queries, context_len = len(chunk.positions), chunk.positions.stop
         return Span(
-            slice(start, start + chunk.num_tokens),
+            slice(start, start + num_queries),
             self._tensor(chunk.sequence.block_table[: -(-context_len // BLOCK_SIZE)]),
             context_len,
-            causal_mask(chunk.num_tokens, context_len, self._device),
+            causal_mask(num_queries, context_len, self._device),
         )
 
     def _tensor(self, values: list[int]) -> Tensor:

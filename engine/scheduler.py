@@ -1,23 +1,55 @@
 """Who runs in the next step. No tensors."""
 
 from collections import deque
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from engine.block_pool import BlockPool, hash_block
 from engine.sequence import Sequence
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class Chunk:
     """The part of a sequence that a step computes: the first `num_tokens` of its pending tokens."""
 
     sequence: Sequence
     num_tokens: int
+    drafts: list[int] = field(default_factory=list)
+    """Guesses of the tokens behind them, computed too: the step draws a token behind each that is right."""
+    end: int = field(init=False)
+    """The position behind the pending tokens that are computed."""
+    samples: bool = field(init=False)
+    """Whether the step computes the last token there is, and so can tell the next."""
+
+    def __post_init__(self) -> None:
+        self.end = self.sequence.num_computed + self.num_tokens
+        self.samples = self.end == len(self.sequence.token_ids)
 
     @property
-    def samples(self) -> bool:
-        """Whether the step computes the last token there is, and so can tell the next."""
-        return self.num_tokens == self.sequence.num_pending
+    def input_ids(self) -> list[int]:
+        """The tokens that the forward pass reads."""
+        return self.sequence.token_ids[self.end - self.num_tokens : self.end] + self.drafts
+
+    @property
+    def positions(self) -> range:
+        """Where they stand in the sequence."""
+        return range(self.end - self.num_tokens, self.end + len(self.drafts))
+
+    @property
+    def sampled(self) -> list[int]:
+        """The tokens that the step has drawn."""
+        return self.sequence.token_ids[self.end :] if self.samples else []
+
+    @property
+    def can_go_on(self) -> bool:
+        """Whether the token drawn last is the one that was guessed: another can be drawn behind it."""
+        sampled = self.sampled
+        place = len(sampled) - 1
+        return not self.sequence.is_finished and sampled[place:] == self.drafts[place : place + 1]
+
+
+def only_decodes(batch: list[Chunk]) -> bool:
+    """Whether a step computes of each sequence the last token, and its guesses, alone."""
+    return all(chunk.samples and chunk.num_tokens == 1 for chunk in batch)
 
 
 class Scheduler:
@@ -26,17 +58,31 @@ class Scheduler:
     A sequence that is admitted owns blocks for all tokens it has; while it decodes it takes more, one at
     a time. When there are none left, the youngest is preempted: it gives back its blocks and waits, first
     in the queue, to be computed again.
+
+    A step that only decodes, and is small, has room for guesses: it reads all weights for few tokens.
     """
 
-    def __init__(self, pool: BlockPool, *, max_batch_tokens: int, max_num_seqs: int) -> None:
+    def __init__(
+        self,
+        pool: BlockPool,
+        *,
+        max_batch_tokens: int,
+        max_num_seqs: int,
+        max_drafts: int = 0,
+        max_drafted_tokens: int = 0,
+    ) -> None:
         """
         Args:
             pool: the KV cache's blocks.
             max_batch_tokens: the most tokens a step computes.
             max_num_seqs: the most sequences that run at once.
+            max_drafts: the most guesses of a sequence in a step.
+            max_drafted_tokens: the most tokens of a step with guesses, these included.
         """
         self.pool = pool
         self.max_batch_tokens = max_batch_tokens
+        self.max_drafts = max_drafts
+        self.max_drafted_tokens = min(max_drafted_tokens, max_batch_tokens)
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []
         """In the order of their admission."""
@@ -44,6 +90,9 @@ class Scheduler:
         self.num_prompt_tokens = 0
         """Those of all sequences that were admitted, and how many of them were in the cache."""
         self.num_cached_tokens = 0
+        self.num_drafts = 0
+        """Guesses that were computed, and how many of them were right."""
+        self.num_right_drafts = 0
         self._free_rows = list(reversed(range(max_num_seqs)))
 
     @property
@@ -72,30 +121,32 @@ class Scheduler:
             sequence = self.waiting.popleft()
             batch.append(Chunk(sequence, min(sequence.num_pending, budget)))
             budget -= batch[-1].num_tokens
+        if self.max_drafts and only_decodes(batch):
+            self._draft(batch)
         return batch
 
-    def postprocess(self, batch: list[Chunk], token_ids: list[int | None]) -> list[Sequence]:
-        """Takes in what a step computed.
-
-        Args:
-            batch: the step.
-            token_ids: for each chunk that samples, in the order of the batch, its token; None if its logits
-                were not numbers.
-
-        Returns:
-            The sequences that sampled. Those that are finished by it have left.
-        """
-        sampled = [chunk.sequence for chunk in batch if chunk.samples]
+    def postprocess(self, batch: list[Chunk]) -> None:
+        """Takes in what a step has computed. Sequences that are finished by it leave."""
         for chunk in batch:
+            sequence = chunk.sequence
             self._advance(chunk)
-        for sequence, token_id in zip(sampled, token_ids, strict=True):
-            sequence.append(token_id)
             if sequence.error is not None:  # what it left in the cache must not reach anybody else
                 for block in sequence.block_table:
                     self.pool.forget(block)
             if sequence.is_finished:
                 self._stop_running(sequence)
-        return sampled
+
+    def _draft(self, batch: list[Chunk]) -> None:
+        """Adds guesses, as long as the step stays small and there are blocks that nobody uses."""
+        room = self.max_drafted_tokens - len(batch)
+        for chunk in batch:
+            sequence, table = chunk.sequence, chunk.sequence.block_table
+            count = min(self.max_drafts, room, sequence.num_missing - 1)
+            if count > 0 and (drafts := sequence.lookup.propose(sequence.token_ids, count)):
+                num_new = self.pool.blocks_for(chunk.end + count) - len(table)
+                table += [self.pool.allocate() for _ in range(min(num_new, self.pool.num_unused))]
+                chunk.drafts = drafts[: len(table) * self.pool.block_size - chunk.end]
+                room -= len(chunk.drafts)
 
     def _schedule_decodes(self) -> list[Chunk]:
         batch: list[Chunk] = []
@@ -167,10 +218,15 @@ class Scheduler:
         )
 
     def _advance(self, chunk: Chunk) -> None:
-        """Counts a chunk as computed, and lets others find the blocks that it filled."""
+        """Counts as computed a chunk and its guesses that were right, and lets others find the blocks that
+        are filled."""
         sequence, size = chunk.sequence, self.pool.block_size
         first_filled = sequence.num_computed // size
-        sequence.num_computed += chunk.num_tokens
+        # The token drawn last is pending now; those drawn before it were guessed, and are computed.
+        num_right = max(0, len(chunk.sampled) - 1)
+        sequence.num_computed = chunk.end + num_right
+        self.num_drafts += len(chunk.drafts)
+        self.num_right_drafts += num_right
         for index in range(first_filled, sequence.num_computed // size):
             self.pool.publish(sequence.block_table[index], self._hash(sequence, index))
 

@@ -3,6 +3,8 @@
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
+from engine.prompt_lookup import PromptLookup
+
 if TYPE_CHECKING:
     from engine.grammar import Grammar
 
@@ -100,6 +102,7 @@ class Sequence:
     """Why it failed."""
     logprobs: list[Logprobs] = field(default_factory=list)
     """Of the answer's tokens, where they were asked for."""
+    lookup: PromptLookup = field(default_factory=PromptLookup)
 
     def __post_init__(self) -> None:
         self.num_prompt_tokens = len(self.token_ids)
@@ -116,6 +119,11 @@ class Sequence:
     @property
     def num_output_tokens(self) -> int:
         return len(self.token_ids) - self.num_prompt_tokens
+
+    @property
+    def num_missing(self) -> int:
+        """Tokens that the answer still may get."""
+        return self.params.max_tokens - self.num_output_tokens
 
     @property
     def is_finished(self) -> bool:
@@ -143,5 +151,5 @@ class Sequence:
                 self.grammar.accept(token_id)
             except ValueError as error:
                 self.error = str(error)
-        if self.finish_reason is None and self.num_output_tokens >= self.params.max_tokens:
+        if self.finish_reason is None and self.num_missing <= 0:
             self.finish_reason = "length"

@@ -133,3 +133,9 @@ class _EngineFigures(Collector):
         yield CounterMetricFamily(
             "llama_num_preemptions", "Answers that gave way, for want of KV cache.", stats.preemptions
         )
+        yield CounterMetricFamily(
+            "llama_spec_decode_num_draft_tokens", "Tokens guessed and computed.", stats.drafts
+        )
+        yield CounterMetricFamily(
+            "llama_spec_decode_num_accepted_tokens", "Guesses that were right.", stats.right_drafts
+        )

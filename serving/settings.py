@@ -70,6 +70,8 @@ class Settings(BaseSettings):
     """tokens that the KV cache holds; 0: as many as there is memory for"""
     gpu_memory_utilization: float = Field(0.9, gt=0, le=1)
     """share of the GPU's memory that may be used in all"""
+    speculate: int = Field(0, ge=0, le=32)
+    """most tokens of an answer guessed in a step, where it repeats its prompt; the answer stays the same"""
     max_body_bytes: int = Field(4_194_304, ge=1024)
     """largest request body; one beyond is refused with 413"""
     log_content: bool = False

@@ -54,6 +54,15 @@ def test_our_server_is_asked_as_its_peers_are(small_model: Path) -> None:
     assert all(m["tokens_per_s"] > 0 and m["ttft_p50"] > 0 for m in result["measurements"])
 
 
+def test_the_measure_of_guesses_runs_on_a_small_model() -> None:
+    shape = "--layers 1 --hidden-size 512 --vocab-size 400 --period 20 --output-tokens 30"
+    result = run("speculation", f"{shape} --speculate 3 --probability 0.999 0.6 --repetitions 2")
+    surest, unsure = result["rows"]
+    assert surest["tokens_per_step"] > 2
+    assert 1 < unsure["tokens_per_step"] < surest["tokens_per_step"]
+    assert unsure["right_of_drafts"] < surest["right_of_drafts"] <= 1
+
+
 def test_the_roofline_runs_on_a_small_model() -> None:
     shape = "--device cpu --dtype float32 --layers 1 --hidden-size 512 --vocab-size 2000"
     cells = "--batch 1 2 --context 16 32 --steps 2 --prefill 32 64 --max-batch-tokens 48"

@@ -130,10 +130,10 @@ def test_n_answers_share_the_prompt_which_is_computed_once(tiny_model: Path) -> 
             tables: list[list[int]] = []
             run_step = engine._runner.run
 
-            def looking(batch: list[Chunk]) -> list[int | None]:
+            def looking(batch: list[Chunk]) -> None:
                 if len(batch) == 8:
                     tables[:] = [list(chunk.sequence.block_table) for chunk in batch]
-                return run_step(batch)
+                run_step(batch)
 
             engine._runner.run = looking  # type: ignore[method-assign]
             with recorded(engine) as steps:
@@ -183,12 +183,12 @@ def test_who_waits_for_a_beginning_that_is_coming_takes_over_when_its_first_read
         async with running(tiny_model, max_batch_tokens=32, max_num_seqs=8) as engine:
             run_step, steps = engine._runner.run, itertools.count(1)
 
-            def leaving(batch: list[Chunk]) -> list[int | None]:
+            def leaving(batch: list[Chunk]) -> None:
                 if next(steps) == 3:
                     left: Future[None] = Future()
                     engine._loop.call_soon_threadsafe(lambda: left.set_result(first.close()))
                     left.result()
-                return run_step(batch)
+                run_step(batch)
 
             engine._runner.run = leaving  # type: ignore[method-assign]
             with held(engine):

@@ -9,7 +9,7 @@ import torch
 from engine.block_pool import BlockPool
 from engine.decode_graphs import DecodeInputs, padded_sizes
 from engine.model_runner import ModelRunner, load_model
-from engine.scheduler import Scheduler
+from engine.scheduler import Scheduler, only_decodes
 from engine.sequence import BLOCK_SIZE, SamplingParams, Sequence
 from tests.models import SHAPES, make_model
 
@@ -25,29 +25,40 @@ def test_every_number_of_sequences_has_a_size_of_less_than_twice_its_own(max_num
         assert min(size for size in sizes if size >= number) < 2 * number
 
 
+@pytest.mark.parametrize("max_drafts", [0, 3])
 @pytest.mark.parametrize("shape", SHAPES)
 @torch.inference_mode()
-def test_padded_steps_give_the_logits_of_plain_ones(shape: str, tmp_path: Path) -> None:
-    """Whoever came, left, grew or was preempted in the steps before."""
+def test_padded_steps_give_the_logits_of_plain_ones(shape: str, max_drafts: int, tmp_path: Path) -> None:
+    """Whoever came, left, grew, was guessed or was preempted in the steps before."""
     generator = random.Random(0)
     model = load_model(make_model(tmp_path, shape), CPU, torch.float32)
     runner = ModelRunner(model, num_blocks=12, max_num_seqs=6)
     inputs = DecodeInputs(runner._kv_cache, max_num_seqs=6, max_blocks=8)
-    scheduler = Scheduler(BlockPool(12, BLOCK_SIZE), max_batch_tokens=64, max_num_seqs=6)
+    scheduler = Scheduler(
+        BlockPool(12, BLOCK_SIZE), max_batch_tokens=64, max_num_seqs=6,
+        max_drafts=max_drafts, max_drafted_tokens=6,
+    )  # fmt: skip
     for _ in range(20):
         prompt = generator.choices(range(256), k=generator.choice([1, 5, 15, 16, 17]))
-        scheduler.add(Sequence(prompt, SamplingParams(max_tokens=generator.randrange(2, 100))))
+        params = SamplingParams(
+            max_tokens=generator.randrange(2, 100),
+            temperature=generator.choice([0, 0.5]),
+            repetition_penalty=1,
+        )
+        scheduler.add(Sequence(prompt, params))
     sizes = set()
     while scheduler.has_work:
         batch = scheduler.schedule()
-        if all(chunk.num_tokens == 1 for chunk in batch):
-            sequences = [chunk.sequence for chunk in batch]
-            size = min(size for size in padded_sizes(6) if size >= len(sequences))
-            sizes.add((len(sequences), size))
-            inputs.fill(sequences, size)
+        if only_decodes(batch):
+            num_tokens = sum(len(chunk.positions) for chunk in batch)
+            size = min(size for size in padded_sizes(6) if size >= num_tokens)
+            sizes.add((num_tokens, size))
+            inputs.fill(batch, size)
             expected = runner._forward(batch)
             padded = inputs.forward(model, size)
-            torch.testing.assert_close(padded[: len(batch)], expected, rtol=1e-4, atol=1e-4)
-        scheduler.postprocess(batch, runner.run(batch))
+            torch.testing.assert_close(padded[:num_tokens], expected, rtol=1e-4, atol=1e-4)
+        runner.run(batch)
+        scheduler.postprocess(batch)
     assert scheduler.num_preemptions
     assert {(3, 4), (5, 6), (1, 1)} <= sizes
+    assert bool(scheduler.num_right_drafts) == bool(max_drafts)

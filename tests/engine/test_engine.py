@@ -70,11 +70,11 @@ def recorded(engine: Engine, *, seconds: float = 0) -> Iterator[list[list[Chunk]
     steps: list[list[Chunk]] = []
     run_step = engine._runner.run
 
-    def recording(batch: list[Chunk]) -> list[int | None]:
+    def recording(batch: list[Chunk]) -> None:
         steps.append(batch)
         if seconds:
             time.sleep(seconds)
-        return run_step(batch)
+        run_step(batch)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(engine._runner, "run", recording)
@@ -193,10 +193,10 @@ def test_a_step_that_fails_fails_those_in_it_and_nobody_else(tiny_model: Path) -
             run_step = engine._runner.run
             failures = iter([True])
 
-            def broken(batch: list[Chunk]) -> list[int | None]:
+            def broken(batch: list[Chunk]) -> None:
                 if next(failures, False):
                     raise RuntimeError("out of memory")
-                return run_step(batch)
+                run_step(batch)
 
             engine._runner.run = broken  # type: ignore[method-assign]
             with pytest.raises(GenerationError):
@@ -300,14 +300,14 @@ def test_no_mix_of_ends_leaks_a_block(tiny_model: Path) -> None:
 
     async def scenario() -> None:
         async with running(tiny_model, kv_cache_tokens=512, max_queue=40, max_num_seqs=16) as engine:
-            run_step = engine._runner.run
+            sample = engine._runner._sampler.sample
 
-            def unreliable(batch: list[Chunk]) -> list[int | None]:
+            def unreliable(logits: Any, sequences: Any) -> list[int | None]:
                 if generator.random() < 0.02:
                     raise RuntimeError("this step")
-                return [None if generator.random() < 0.01 else token for token in run_step(batch)]
+                return [None if generator.random() < 0.01 else token for token in sample(logits, sequences)]
 
-            engine._runner.run = unreliable  # type: ignore[method-assign]
+            engine._runner._sampler.sample = unreliable  # type: ignore[method-assign]
             await asyncio.gather(*(client(engine, n) for n in range(120)))
             await until(lambda: all_blocks_are_back(engine))
             assert engine._generations == {}

@@ -175,6 +175,21 @@ def test_a_fault_in_computing_fails_those_in_the_step_and_nobody_who_waits(
     run(scenario())
 
 
+def test_a_fault_in_taking_a_token_fails_those_in_the_step_and_nobody_who_waits(tiny_model: Path) -> None:
+    async def scenario() -> None:
+        async with running(tiny_model, max_num_seqs=3, max_batch_tokens=256) as engine:
+            whole = await ask_each(engine)
+            with fault_in(Sequence, "append", 7):
+                told = await ask_all(engine)
+            failed = {number for number, answer in enumerate(told) if isinstance(answer, Exception)}
+            assert 0 < len(failed) <= 3
+            check(told, whole, failed=failed)
+            await check_nothing_is_left(engine)
+            assert await ask_each(engine) == whole
+
+    run(scenario())
+
+
 def test_a_step_that_is_delivered_to_nobody_fails_all_in_it(tiny_model: Path) -> None:
     async def scenario() -> None:
         async with running(tiny_model, max_num_seqs=3) as engine:
@@ -200,7 +215,6 @@ def test_a_step_that_is_delivered_to_nobody_fails_all_in_it(tiny_model: Path) ->
         (Scheduler, "_admit", 0, Fault),
         (Scheduler, "schedule", 5, Fault),
         (Scheduler, "postprocess", 5, Fault),
-        (Sequence, "append", 0, Fault),
         (Scheduler, "add", 0, Fault),
         (ModelRunner, "run", 5, Panic),
         (Scheduler, "schedule", 5, Panic),

@@ -7,9 +7,16 @@ from engine.sequence import SamplingParams, Sequence
 BLOCK = 4
 
 
-def make_scheduler(num_blocks: int = 64, max_batch_tokens: int = 16, max_num_seqs: int = 8) -> Scheduler:
-    pool = BlockPool(num_blocks, BLOCK)
-    return Scheduler(pool, max_batch_tokens=max_batch_tokens, max_num_seqs=max_num_seqs)
+def make_scheduler(
+    num_blocks: int = 64, max_batch_tokens: int = 16, max_num_seqs: int = 8, max_drafts: int = 0
+) -> Scheduler:
+    return Scheduler(
+        BlockPool(num_blocks, BLOCK),
+        max_batch_tokens=max_batch_tokens,
+        max_num_seqs=max_num_seqs,
+        max_drafts=max_drafts,
+        max_drafted_tokens=8,
+    )
 
 
 def make_sequence(num_tokens: int, max_tokens: int = 4, first: int = 0) -> Sequence:
@@ -18,8 +25,21 @@ def make_sequence(num_tokens: int, max_tokens: int = 4, first: int = 0) -> Seque
 
 def step(scheduler: Scheduler, token_id: int | None = 7) -> list[Chunk]:
     batch = scheduler.schedule()
-    scheduler.postprocess(batch, [token_id for chunk in batch if chunk.samples])
+    compute(scheduler, batch, token_id)
     return batch
+
+
+def compute(scheduler: Scheduler, batch: list[Chunk], token_id: int | None = 7) -> None:
+    for chunk in batch:
+        if chunk.samples:
+            chunk.sequence.append(token_id)
+            while chunk.can_go_on:
+                chunk.sequence.append(token_id)
+    scheduler.postprocess(batch)
+
+
+def drafts(batch: list[Chunk]) -> int:
+    return sum(len(chunk.drafts) for chunk in batch)
 
 
 def sizes(batch: list[Chunk]) -> list[int]:
@@ -98,10 +118,7 @@ def test_when_blocks_run_out_the_youngest_waits_and_comes_back_first() -> None:
     assert list(scheduler.waiting) == [young, late]
     finished: list[Sequence] = []
     while scheduler.has_work:
-        batch = scheduler.schedule()
-        finished += [
-            s for s in scheduler.postprocess(batch, [7] * sum(c.samples for c in batch)) if s.is_finished
-        ]
+        finished += [chunk.sequence for chunk in step(scheduler) if chunk.sequence.is_finished]
     assert finished[0] is old
     assert set(finished[1:]) == {young, late}
     assert (old.num_output_tokens, young.num_output_tokens) == (24, 20)
@@ -129,9 +146,12 @@ def test_what_a_failed_sequence_left_in_the_cache_is_not_found() -> None:
 
 def test_any_mix_of_arrivals_aborts_and_failures_gives_all_blocks_and_rows_back() -> None:
     generator = random.Random(5)
+    num_drafts = num_right_drafts = 0
     for _ in range(40):
         blocks = generator.randrange(12, 40)
-        scheduler = make_scheduler(num_blocks=blocks, max_batch_tokens=generator.randrange(8, 40))
+        scheduler = make_scheduler(
+            blocks, max_batch_tokens=generator.randrange(8, 40), max_drafts=generator.choice([0, 5])
+        )
         alive: list[Sequence] = []
         for _ in range(200):
             if generator.random() < 0.3:
@@ -149,18 +169,24 @@ def test_any_mix_of_arrivals_aborts_and_failures_gives_all_blocks_and_rows_back(
             assert len({id(chunk.sequence) for chunk in batch}) == len(batch)
             assert all(0 < chunk.num_tokens <= chunk.sequence.num_pending for chunk in batch)
             assert all(
-                chunk.sequence.num_computed + chunk.num_tokens <= len(chunk.sequence.block_table) * BLOCK
+                chunk.positions.stop <= len(chunk.sequence.block_table) * BLOCK
+                and chunk.positions.stop
+                <= chunk.sequence.num_prompt_tokens + chunk.sequence.params.max_tokens
                 for chunk in batch
             )
             assert sum(sizes(batch)) <= scheduler.max_batch_tokens
+            assert not drafts(batch) or sum(sizes(batch)) + drafts(batch) <= 8
             failing = generator.random() < 0.05
             if failing and generator.random() < 0.5:
                 for chunk in batch:
                     scheduler.remove(chunk.sequence)
             else:
-                scheduler.postprocess(batch, [None if failing else 7 for chunk in batch if chunk.samples])
+                compute(scheduler, batch, None if failing else generator.choice([7, 7, 7, 8]))
         while scheduler.has_work:
             step(scheduler)
         assert scheduler.pool.num_unused == blocks
         assert sorted(scheduler._free_rows) == list(range(8))
         assert not any(scheduler.pool.is_used(block) for block in range(blocks))
+        num_drafts += scheduler.num_drafts
+        num_right_drafts += scheduler.num_right_drafts
+    assert 0 < num_right_drafts < num_drafts

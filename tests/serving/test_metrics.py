@@ -16,7 +16,7 @@ from prometheus_client.openmetrics import parser as openmetrics
 from prometheus_client.parser import text_string_to_metric_families
 
 from benchmarks.soak import in_use, read_metrics
-from tests.conftest import LONG, ROOT, Server, occupied, posted, until
+from tests.conftest import LONG, ROOT, Server, occupied, posted, read_events, until
 
 
 class Figures(dict[str, float]):
@@ -251,3 +251,24 @@ def test_the_dashboard_is_what_grafana_reads() -> None:
     ]
     assert len(cells) == len(set(cells))
     assert max(x for x, _ in cells) < 24
+
+
+def test_guesses_are_counted_and_change_no_answer(
+    start_server: Callable[..., Server], tiny_model: Path, tiny_server: Server
+) -> None:
+    guessing = start_server(tiny_model, "--speculate", "4")
+    bodies: list[dict[str, object]] = [
+        {"prompt": "x", "temperature": 0, "repetition_penalty": 1, "max_tokens": 80},
+        {"prompt": "x" * 40, "seed": 1, "temperature": 0.1, "repetition_penalty": 1, "max_tokens": 80},
+    ]
+    for body in bodies:
+        plain = tiny_server.post(**body).json()
+        guessed = guessing.post(**body).json()
+        *streamed, done = read_events(guessing.post(stream=True, **body))
+        assert done == "[DONE]"
+        assert guessed["usage"] == plain["usage"]
+        assert "".join(event["response"] for event in streamed) == guessed["response"] == plain["response"]
+    figures = Figures.of(guessing.url)
+    drafts = figures["llama_spec_decode_num_draft_tokens_total"]
+    assert 0 < figures["llama_spec_decode_num_accepted_tokens_total"] <= drafts
+    assert Figures.of(tiny_server.url)["llama_spec_decode_num_draft_tokens_total"] == 0
