@@ -45,19 +45,21 @@ class FakeRunner:
         self._step_seconds = step_seconds
         self._host_ops = host_ops
         self._tensor = torch.zeros(256)
+        self._ends = 0.0
         self.steps: list[tuple[float, int]] = []
         """When each began, and how many sequences it sampled."""
 
-    def run(self, batch: list[Chunk]) -> None:
+    def launch(self, batch: list[Chunk]) -> None:
         for _ in range(self._host_ops):
             self._tensor.add_(1)
-        begun = time.perf_counter()
+        self._ends = time.perf_counter() + self._step_seconds
+
+    def finish(self, batch: list[Chunk]) -> None:
         sampling = [chunk.sequence for chunk in batch if chunk.samples]
         for sequence in sampling:
             sequence.append(next(self._token_ids))
-        self.steps.append((begun, len(sampling)))
-        ends = begun + self._step_seconds
-        if (left := ends - time.perf_counter()) > 0:
+        self.steps.append((self._ends - self._step_seconds, len(sampling)))
+        if (left := self._ends - time.perf_counter()) > 0:
             time.sleep(left)
 
     def check_device(self) -> None:

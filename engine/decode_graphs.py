@@ -32,9 +32,9 @@ class DecodeInputs:
         self._kv_cache = kv_cache
         idle_block = len(kv_cache[0]) - 1
         device = kv_cache[0].device
-        self._padding = (0, 0, idle_block * BLOCK_SIZE, max_num_seqs)
-        self._inputs = torch.zeros(4, max_num_seqs, dtype=torch.long, device=device)
-        """Token ids, positions, slots, and rows of the block tables."""
+        self._idle_row = max_num_seqs
+        self._inputs = torch.zeros(3, max_num_seqs, dtype=torch.long, device=device)
+        """Token ids, positions, and rows of the block tables."""
         self._block_tables = torch.full(
             (max_num_seqs + 1, max_blocks), idle_block, dtype=torch.int32, device=device
         )
@@ -44,17 +44,18 @@ class DecodeInputs:
     def fill(self, batch: list[Chunk], size: int) -> None:
         """Writes a step, padded to `size` queries."""
         self._write_new_blocks(batch)
-        inputs = [
-            (token_id, position, chunk.sequence.slot(position), chunk.sequence.row)
-            for chunk in batch
-            for token_id, position in zip(chunk.input_ids, chunk.positions, strict=True)
-        ]
-        inputs += [self._padding] * (size - len(inputs))
-        self._inputs[:, :size].copy_(self._on_device(inputs).T)
+        token_ids = [token_id for chunk in batch for token_id in chunk.input_ids]
+        positions = [position for chunk in batch for position in chunk.positions]
+        rows = [chunk.sequence.row for chunk in batch for _ in chunk.positions]
+        rest = size - len(rows)
+        inputs = [token_ids + [0] * rest, positions + [0] * rest, rows + [self._idle_row] * rest]
+        self._inputs[:, :size].copy_(self._on_device(inputs))
 
     def forward(self, model: Llama, size: int) -> Tensor:
         """The logits that follow each of the first `size` tokens: [size, vocab_size], float32."""
-        token_ids, positions, slots, rows = self._inputs[:, :size]
+        token_ids, positions, rows = self._inputs[:, :size]
+        blocks = self._block_tables[rows, positions // BLOCK_SIZE]
+        slots = blocks * BLOCK_SIZE + positions % BLOCK_SIZE
         contexts = Contexts(slice(0, size), self._block_tables[rows], (positions + 1).int())
         logits: Tensor = model(token_ids, positions, AttentionBatch(self._kv_cache, slots, [contexts], []))
         return logits

@@ -121,6 +121,8 @@ class Engine:
         self._ended: deque[float] = deque(maxlen=_RATE_OVER)
         """When the last answers ended since the engine was idle, behind when the first of them began."""
         self._inbox: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
+        self._outputs: list[tuple[Sequence, Output | Exception]] = []
+        """What steps have brought that the event loop has not been told."""
         self._thread = thread
         self._running: Future[None]
         self._loop: asyncio.AbstractEventLoop
@@ -330,13 +332,17 @@ class Engine:
         try:
             while self._read_inbox():
                 self._step()
+            self._deliver()
         except BaseException:  # a panic in Rust, as of the tokenizer or of a grammar, is no Exception
             log.critical("the engine has failed", exc_info=True)
+            self._deliver()
             self._loop.call_soon_threadsafe(self._die, EngineDeadError("the engine has failed"))
 
     def _read_inbox(self) -> bool:
         """Does what the event loop asks for; sleeps while there is nothing else to do. False: stop."""
         idle = not self._scheduler.has_work
+        if idle:
+            self._deliver()
         while idle or not self._inbox.empty():
             command = self._inbox.get()
             if command is None:
@@ -349,19 +355,25 @@ class Engine:
         batch = self._scheduler.schedule()
         if not batch:
             return
-        outputs: list[tuple[Sequence, Output | Exception]]
         try:
-            self._runner.run(batch)
+            self._runner.launch(batch)
+            self._deliver()  # while a GPU computes: the event loop may hold up whoever needs Python
+            self._runner.finish(batch)
         except Exception as error:
             self._runner.check_device()
             log.error("a step has failed, and with it %d requests", len(batch), exc_info=True)
             for chunk in batch:
                 self._scheduler.remove(chunk.sequence)
-            outputs = [(chunk.sequence, GenerationError(str(error))) for chunk in batch]
+            self._outputs += [(chunk.sequence, GenerationError(str(error))) for chunk in batch]
         else:
             self._scheduler.postprocess(batch)
-            outputs = [(chunk.sequence, output) for chunk in batch for output in _outputs_of(chunk)]
-        self._loop.call_soon_threadsafe(self._dispatch, outputs)
+            self._outputs += [(chunk.sequence, output) for chunk in batch for output in _outputs_of(chunk)]
+
+    def _deliver(self) -> None:
+        """Hands the event loop all that steps have brought."""
+        if self._outputs:
+            self._loop.call_soon_threadsafe(self._dispatch, self._outputs)
+            self._outputs = []
 
 
 def _outputs_of(chunk: Chunk) -> Iterator[Output | Exception]:

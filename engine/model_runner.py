@@ -80,6 +80,7 @@ class ModelRunner:
             for _ in range(config.num_hidden_layers)
         ]
         self._graphs: DecodeGraphs | None = None
+        self._logits: Tensor
 
     def capture_graphs(self, max_num_seqs: int, max_model_len: int) -> None:
         """Makes decode steps on CUDA fast. It takes seconds."""
@@ -89,11 +90,22 @@ class ModelRunner:
         self._graphs = DecodeGraphs(self._model, inputs, max_num_seqs=max_num_seqs)
 
     @torch.inference_mode()
-    def run(self, batch: list[Chunk]) -> None:
-        """Computes a step. Each sequence of a chunk that samples gets its next token, and one more for each
-        draft that is right; or the reason why none could be drawn."""
-        logits = self._forward(batch)
+    def launch(self, batch: list[Chunk]) -> None:
+        """Starts a step. A GPU goes on with it alone; a CPU leaves all of it to `finish`."""
+        if self._on_cuda:
+            self._logits = self._forward(batch)
+
+    @torch.inference_mode()
+    def finish(self, batch: list[Chunk]) -> None:
+        """Ends the step that was launched. Each sequence of a chunk that samples gets its next token, and one
+        more for each draft that is right; or the reason why none could be drawn."""
+        logits = self._logits if self._on_cuda else self._forward(batch)
         self._sample(logits, [chunk for chunk in batch if chunk.samples])
+
+    def run(self, batch: list[Chunk]) -> None:
+        """Computes a step."""
+        self.launch(batch)
+        self.finish(batch)
 
     def check_device(self) -> None:
         """Raises if the device is lost. A step that fails may have failed alone."""

@@ -128,14 +128,14 @@ def test_n_answers_share_the_prompt_which_is_computed_once(tiny_model: Path) -> 
     async def scenario() -> None:
         async with running(tiny_model) as engine:
             tables: list[list[int]] = []
-            run_step = engine._runner.run
+            run_step = engine._runner.finish
 
             def looking(batch: list[Chunk]) -> None:
                 if len(batch) == 8:
                     tables[:] = [list(chunk.sequence.block_table) for chunk in batch]
                 run_step(batch)
 
-            engine._runner.run = looking  # type: ignore[method-assign]
+            engine._runner.finish = looking  # type: ignore[method-assign]
             with recorded(engine) as steps:
                 generation = await engine.generate(user("x" * 150), params, n=8)
                 await read(generation)
@@ -181,7 +181,7 @@ def test_who_waits_for_a_beginning_that_is_coming_takes_over_when_its_first_read
         async with running(tiny_model, max_batch_tokens=32, max_num_seqs=8) as engine:
             [expected] = await ask(engine, "y" * 300, PLAIN)
         async with running(tiny_model, max_batch_tokens=32, max_num_seqs=8) as engine:
-            run_step, steps = engine._runner.run, itertools.count(1)
+            run_step, steps = engine._runner.finish, itertools.count(1)
 
             def leaving(batch: list[Chunk]) -> None:
                 if next(steps) == 3:
@@ -190,7 +190,7 @@ def test_who_waits_for_a_beginning_that_is_coming_takes_over_when_its_first_read
                     left.result()
                 run_step(batch)
 
-            engine._runner.run = leaving  # type: ignore[method-assign]
+            engine._runner.finish = leaving  # type: ignore[method-assign]
             with held(engine):
                 first, *others = [await engine.generate(user("y" * 300), PLAIN) for _ in range(4)]
             for [answer] in await asyncio.gather(*map(read, others)):

@@ -68,7 +68,7 @@ def all_blocks_are_back(engine: Engine) -> bool:
 def recorded(engine: Engine, *, seconds: float = 0) -> Iterator[list[list[Chunk]]]:
     """All steps of the engine, each made to take so much longer."""
     steps: list[list[Chunk]] = []
-    run_step = engine._runner.run
+    run_step = engine._runner.finish
 
     def recording(batch: list[Chunk]) -> None:
         steps.append(batch)
@@ -77,7 +77,7 @@ def recorded(engine: Engine, *, seconds: float = 0) -> Iterator[list[list[Chunk]
         run_step(batch)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(engine._runner, "run", recording)
+        patch.setattr(engine._runner, "finish", recording)
         yield steps
 
 
@@ -190,7 +190,7 @@ def test_a_step_that_fails_fails_those_in_it_and_nobody_else(tiny_model: Path) -
     async def scenario() -> None:
         async with running(tiny_model) as engine:
             expected = text(await ask(engine, "good"))
-            run_step = engine._runner.run
+            run_step = engine._runner.finish
             failures = iter([True])
 
             def broken(batch: list[Chunk]) -> None:
@@ -198,7 +198,7 @@ def test_a_step_that_fails_fails_those_in_it_and_nobody_else(tiny_model: Path) -
                     raise RuntimeError("out of memory")
                 run_step(batch)
 
-            engine._runner.run = broken  # type: ignore[method-assign]
+            engine._runner.finish = broken  # type: ignore[method-assign]
             with pytest.raises(GenerationError):
                 await ask(engine, "bad")
             assert text(await ask(engine, "good")) == expected
@@ -264,7 +264,7 @@ def test_a_lost_device_ends_the_engine(tiny_model: Path) -> None:
             def lost(*_: object) -> Any:
                 raise RuntimeError("device lost")
 
-            engine._runner.run = engine._runner.check_device = lost  # type: ignore[method-assign]
+            engine._runner.finish = engine._runner.check_device = lost  # type: ignore[method-assign]
             with pytest.raises(EngineDeadError):
                 await ask(engine, "a")
             await engine.stopped.wait()

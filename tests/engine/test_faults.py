@@ -155,7 +155,8 @@ def test_a_fault_over_one_request_fails_it_alone(tiny_model: Path, owner: type, 
 
 @pytest.mark.parametrize("at", [0, 1, 5], ids=["victim", "prefill", "decode"])
 @pytest.mark.parametrize(
-    ("owner", "method"), [(ModelRunner, "run"), (ModelRunner, "_forward"), (Sampler, "sample")]
+    ("owner", "method"),
+    [(ModelRunner, "launch"), (ModelRunner, "finish"), (ModelRunner, "_forward"), (Sampler, "sample")],
 )
 def test_a_fault_in_computing_fails_those_in_the_step_and_nobody_who_waits(
     tiny_model: Path, owner: type, method: str, at: int
@@ -216,7 +217,7 @@ def test_a_step_that_is_delivered_to_nobody_fails_all_in_it(tiny_model: Path) ->
         (Scheduler, "schedule", 5, Fault),
         (Scheduler, "postprocess", 5, Fault),
         (Scheduler, "add", 0, Fault),
-        (ModelRunner, "run", 5, Panic),
+        (ModelRunner, "finish", 5, Panic),
         (Scheduler, "schedule", 5, Panic),
     ],
 )

@@ -141,13 +141,13 @@ def test_within_two_steps_nothing_is_left_of_500_clients_that_leave(tiny_model: 
 
     async def scenario() -> None:
         async with running(tiny_model, max_queue=500, max_num_seqs=32) as engine:
-            run_step = engine._runner.run
+            run_step = engine._runner.finish
 
             def recorded(batch: list[Chunk]) -> None:
                 steps.append({chunk.sequence for chunk in batch})
                 run_step(batch)
 
-            engine._runner.run = recorded  # type: ignore[method-assign]
+            engine._runner.finish = recorded  # type: ignore[method-assign]
             async with asyncio.timeout(120):
                 await asyncio.gather(*(client(engine) for _ in range(500)))
             last_left = len(steps)
