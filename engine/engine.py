@@ -121,8 +121,8 @@ class Engine:
         self._ended: deque[float] = deque(maxlen=_RATE_OVER)
         """When the last answers ended since the engine was idle, behind when the first of them began."""
         self._inbox: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
-        self._outputs: list[tuple[Sequence, Output | Exception]] = []
-        """What steps have brought that the event loop has not been told."""
+        self._computed: list[Chunk] = []
+        """The last step, while the event loop has not been told of it."""
         self._thread = thread
         self._running: Future[None]
         self._loop: asyncio.AbstractEventLoop
@@ -360,20 +360,22 @@ class Engine:
             self._deliver()  # while a GPU computes: the event loop may hold up whoever needs Python
             self._runner.finish(batch)
         except Exception as error:
+            self._deliver()
             self._runner.check_device()
             log.error("a step has failed, and with it %d requests", len(batch), exc_info=True)
             for chunk in batch:
+                chunk.sequence.error = str(error)
                 self._scheduler.remove(chunk.sequence)
-            self._outputs += [(chunk.sequence, GenerationError(str(error))) for chunk in batch]
         else:
             self._scheduler.postprocess(batch)
-            self._outputs += [(chunk.sequence, output) for chunk in batch for output in _outputs_of(chunk)]
+        self._computed = batch
 
     def _deliver(self) -> None:
-        """Hands the event loop all that steps have brought."""
-        if self._outputs:
-            self._loop.call_soon_threadsafe(self._dispatch, self._outputs)
-            self._outputs = []
+        """Hands the event loop what the last step has brought, unless it has been told."""
+        outputs = [(chunk.sequence, output) for chunk in self._computed for output in _outputs_of(chunk)]
+        self._computed = []
+        if outputs:
+            self._loop.call_soon_threadsafe(self._dispatch, outputs)
 
 
 def _outputs_of(chunk: Chunk) -> Iterator[Output | Exception]:
