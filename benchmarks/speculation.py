@@ -156,10 +156,10 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--output-tokens", type=int, default=256)
     parser.add_argument("--speculate", type=int, nargs="+", default=[4, 7])
     parser.add_argument(
-        "--probability", type=float, nargs="+", default=[0.999, 0.95, 0.9, 0.8, 0.5],
+        "--probability", type=float, nargs="+", default=[0.95, 0.8, 0.5],
         help="that an answer goes on as its prompt did",
     )  # fmt: skip
-    parser.add_argument("--repetitions", type=int, default=5)
+    parser.add_argument("--repetitions", type=int, default=3)
     return parser.parse_args()
 
 
