@@ -115,7 +115,6 @@ def measure_agreement(folder: Path, args: argparse.Namespace) -> list[dict[str, 
         (logits, texts), (other_logits, other_texts) = found[first], found[second]
         pairs = list(zip(logits, other_logits, strict=True))
         tokens = sum(map(len, logits))
-        error = sum(squares(a - b) for a, b in pairs) / sum(squares(b) for b in other_logits)
         row = {
             "model": name,
             "weights": first,
@@ -125,7 +124,7 @@ def measure_agreement(folder: Path, args: argparse.Namespace) -> list[dict[str, 
             "same_next_token": sum(int((a.argmax(1) == b.argmax(1)).sum()) for a, b in pairs) / tokens,
             "same_answer": sum(a == b for a, b in zip(texts, other_texts, strict=True)) / len(turns),
             "mean_kl": sum(divergence(b, a) for a, b in pairs) / tokens,
-            "logit_error": error**0.5,
+            "logit_error": error(pairs),
         }
         rows.append(row)
         print(
@@ -143,9 +142,15 @@ def divergence(expected: Tensor, actual: Tensor) -> float:
     return float((log_p.exp() * (log_p - log_q)).sum())
 
 
-def squares(logits: Tensor) -> float:
-    """Of those that are not hugely negative, as no token's are that a model may choose."""
-    return float(logits[logits.abs() < 100].double().square().sum())
+def error(pairs: list[tuple[Tensor, Tensor]]) -> float:
+    """The root mean square of the logits' differences, as a share of the second ones'. Those of tokens that a
+    model can't choose are hugely negative, and left out."""
+    differences = squares = 0.0
+    for actual, expected in pairs:
+        possible = expected > -100
+        differences += float((actual - expected)[possible].double().square().sum())
+        squares += float(expected[possible].double().square().sum())
+    return float((differences / squares) ** 0.5)
 
 
 # Speed and memory.

@@ -19,7 +19,7 @@ from engine.llama import Llama, join
 from engine.model_runner import load_model
 from serving.settings import DEMO_MODEL
 from tests.conftest import LIMIT, Server
-from tests.models import SHAPES, make_model
+from tests.models import SHAPES, make_model, quantized_copy
 
 CPU = torch.device("cpu")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -109,18 +109,6 @@ def test_the_kernel_is_the_product_too(dtype: torch.dtype, size: tuple[int, int]
             assert_close(y, product(x, linear), 1e-5 if dtype == torch.float32 else 5e-3)
 
 
-def quantized_copy(model: Path, folder: Path) -> Path:
-    """The same model with weights that int8 can hold, on disk as any other."""
-    loaded = LlamaForCausalLM.from_pretrained(model, dtype=torch.float32)
-    tied = loaded.config.tie_word_embeddings
-    for module in loaded.modules():
-        if isinstance(module, nn.Linear) and not (tied and module is loaded.lm_head):
-            weight, scale = quantize(module.weight.detach())
-            module.weight.data = weight * scale.float().unsqueeze(1)
-    loaded.save_pretrained(folder)
-    return folder
-
-
 def logits_of(model: Llama) -> Tensor:
     generator = random.Random(0)
     chat_format = ChatFormat.from_pretrained(DEMO_MODEL)
@@ -131,7 +119,9 @@ def logits_of(model: Llama) -> Tensor:
 def test_the_model_is_quantized_and_nothing_else(tmp_path: Path) -> None:
     exact = quantized_copy(DEMO_MODEL, tmp_path)
     expected = logits_of(load_model(exact, CPU, torch.float32)).double()
-    assert_close(logits_of(load_model(exact, CPU, torch.float32, int8=True)), expected, 2e-2)
+    assert_close(
+        logits_of(load_model(exact, CPU, torch.float32, int8=True)), expected, 7e-3
+    )  # int8 itself costs 1e-2
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -142,7 +132,7 @@ def test_a_weight_takes_a_byte(shape: str, tmp_path: Path) -> None:
     norms = [parameter for parameter in reference.parameters() if parameter.dim() == 1]
     model = load_model(folder, CPU, torch.float32, int8=True)
     assert int8_bytes(model) == (
-        sum(matrix.numel() + 2 * len(matrix) for matrix in matrices) + sum(norm.nbytes for norm in norms)
+        sum(matrix.numel() + 4 * len(matrix) for matrix in matrices) + sum(norm.nbytes for norm in norms)
     )
     assert {type(m) for m in model.modules() if not list(m.children())} == {
         nn.Embedding, Int8Linear, type(model.norm), type(model.rotary)
