@@ -99,6 +99,7 @@ async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         settings.model_path,
         device=settings.device,
         dtype=settings.dtype,
+        quantization=settings.quantization,
         threads=settings.threads,
         max_model_len=settings.max_model_len,
         max_queue=settings.max_queue,

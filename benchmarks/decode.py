@@ -38,6 +38,7 @@ from engine.block_pool import BlockPool
 from engine.chat_format import ChatFormat
 from engine.engine import Engine
 from engine.generation import Generation
+from engine.int8_linear import Int8Linear
 from engine.llama import Llama
 from engine.model_runner import ModelRunner, kv_bytes_per_token, kv_tokens_that_fit
 from engine.scheduler import Chunk, Scheduler
@@ -164,15 +165,18 @@ def work_result(clients: int, output_tokens: int, duration: float) -> dict[str, 
 # The engine.
 
 
-def make_runner(model: Any, args: argparse.Namespace) -> tuple[ModelRunner, int]:
-    """The runner with as many blocks as the server would have, or as are needed, and their number.
+def int8_bytes(llama: Llama) -> int:
+    """Bytes that a step reads of a quantized model: all but the embedding."""
+    matrices = (m for m in llama.modules() if isinstance(m, Int8Linear))
+    norms = sum(p.nbytes for p in llama.parameters()) - llama.embedding.weight.nbytes
+    return int(norms + sum(buffer.nbytes for matrix in matrices for buffer in matrix.buffers()))
 
-    It takes the weights out of `model`.
-    """
+
+def make_runner(llama: Llama, args: argparse.Namespace) -> tuple[ModelRunner, int]:
+    """The runner with as many blocks as the server would have, or as are needed, and their number."""
     max_num_seqs = max(args.batch)
     longest = max(args.context) + WARM_UP_STEPS + args.steps
     needed = max(max_num_seqs * (longest + BLOCK_SIZE), *(n + BLOCK_SIZE for n in args.prefill))
-    llama = Llama(model).eval()
     fit = kv_tokens_that_fit(llama, args.max_batch_tokens, max_num_seqs, args.gpu_memory_utilization)
     num_blocks = min(needed, fit) // BLOCK_SIZE
     runner = ModelRunner(llama, num_blocks=num_blocks, max_num_seqs=max_num_seqs)
@@ -363,6 +367,7 @@ def parse_args() -> argparse.Namespace:
     )
     parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32"])
+    parser.add_argument("--quantization", default="none", choices=["none", "int8"], help="of the engine's")
     parser.add_argument("--layers", type=int, default=32)
     parser.add_argument("--hidden-size", type=int, default=4096, help="a multiple of 512")
     parser.add_argument("--vocab-size", type=int, default=128_256)
@@ -394,7 +399,11 @@ def main() -> None:
     weights = sum(p.nbytes for p in model.parameters()) - model.get_input_embeddings().weight.nbytes
     print(f"weights read in a step: {weights / 1e9:.2f} GB", flush=True)
     work = baselines(model, args)
-    runner, num_blocks = make_runner(model, args)
+    llama = Llama(model, int8=args.quantization == "int8").eval()
+    if args.quantization == "int8":
+        weights = int8_bytes(llama)
+        print(f"weights read in a step of the engine: {weights / 1e9:.2f} GB", flush=True)
+    runner, num_blocks = make_runner(llama, args)
     decodes = decode_rows(model, runner, num_blocks, weights, hardware, args)
     prefills = prefill_rows(model, runner, num_blocks, hardware, args)
     kv_cache = num_blocks * BLOCK_SIZE * kv_bytes_per_token(model)

@@ -415,6 +415,7 @@ def load(
     *,
     device: str = "auto",
     dtype: str = "auto",
+    quantization: str = "none",
     threads: int = 0,
     max_model_len: int = 0,
     max_queue: int = 256,
@@ -439,7 +440,7 @@ def load(
         if threads:
             torch.set_num_threads(threads)
         on = choose_device(device)
-        loaded = load_model(model, on, choose_dtype(dtype, on))
+        loaded = load_model(model, on, choose_dtype(dtype, on), int8=quantization == "int8")
         batch_tokens = max_batch_tokens or (64 if on.type == "cpu" else 2048)
         num_seqs = min(max_num_seqs, batch_tokens)  # each takes a token of the budget
         context = _context(loaded.config.max_position_embeddings, max_model_len)

@@ -13,6 +13,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from engine.attention import AttentionBatch, attend
+from engine.int8_linear import Int8Linear
 from engine.ops import add_norm, rotate_and_store, silu_mul
 from engine.packed_linear import PackedLinear, can_pack
 
@@ -20,8 +21,19 @@ from engine.packed_linear import PackedLinear, can_pack
 class Llama(nn.Module):
     """A Llama of any size, with the weights of transformers' and a paged KV cache."""
 
-    def __init__(self, model: LlamaForCausalLM) -> None:
+    def __init__(
+        self,
+        model: LlamaForCausalLM,
+        *,
+        device: torch.device | None = None,
+        dtype: torch.dtype | None = None,
+        int8: bool = False,
+    ) -> None:
         """Takes the weights out of `model`, a layer at a time: there is never a second copy of them all.
+
+        Args:
+            device, dtype: where to compute, and in which type; None: as `model` is.
+            int8: whether matrices are quantized, where `model` is. The embedding is not.
 
         Raises:
             ValueError: if the model computes what this does not.
@@ -30,15 +42,16 @@ class Llama(nn.Module):
         self.config: LlamaConfig = model.config
         if self.config.hidden_act != "silu":
             raise ValueError(f"the model's activation is {self.config.hidden_act}; only silu is computed")
-        self.embedding: Any = model.model.embed_tokens
-        self.rotary: Any = model.model.rotary_emb
+        self.device = device or model.device
+        self.dtype = dtype or model.dtype
+        self.head = join(model.lm_head, int8=int8).to(self.device, self.dtype)
+        self.embedding: Any = model.model.embed_tokens.to(self.device, self.dtype)
+        self.rotary: Any = model.model.rotary_emb.to(self.device)  # its frequencies stay float32
         self.layers = nn.ModuleList()
         while model.model.layers:
-            self.layers.append(Layer(model.model.layers.pop(0)))
-        self.norm: Any = model.model.norm
-        self.head = join(model.lm_head)
-        self.dtype: torch.dtype = model.dtype
-        self.device: torch.device = model.device
+            layer = Layer(model.model.layers.pop(0), int8=int8)
+            self.layers.append(layer.to(self.device, self.dtype))
+        self.norm: Any = model.model.norm.to(self.device, self.dtype)
 
     def forward(
         self, token_ids: Tensor, positions: Tensor, batch: AttentionBatch, kept: Tensor | None = None
@@ -66,17 +79,17 @@ class Llama(nn.Module):
 class Layer(nn.Module):
     """Attention and MLP. What they compute is added to the residual stream by whoever reads it next."""
 
-    def __init__(self, layer: LlamaDecoderLayer) -> None:
+    def __init__(self, layer: LlamaDecoderLayer, *, int8: bool) -> None:
         super().__init__()
         attention, mlp = layer.self_attn, layer.mlp
         self._head_dim: int = attention.head_dim
         self._scaling: float = attention.scaling
         self.attention_norm = layer.input_layernorm
-        self.qkv = join(attention.q_proj, attention.k_proj, attention.v_proj)
-        self.output = join(attention.o_proj)
+        self.qkv = join(attention.q_proj, attention.k_proj, attention.v_proj, int8=int8)
+        self.output = join(attention.o_proj, int8=int8)
         self.mlp_norm = layer.post_attention_layernorm
-        self.gate_up = join(mlp.gate_proj, mlp.up_proj)
-        self.down = join(mlp.down_proj)
+        self.gate_up = join(mlp.gate_proj, mlp.up_proj, int8=int8)
+        self.down = join(mlp.down_proj, int8=int8)
 
     def forward(
         self, residual: Tensor, delta: Tensor, cos: Tensor, sin: Tensor, batch: AttentionBatch, cache: Tensor
@@ -98,11 +111,13 @@ class Layer(nn.Module):
         return self.down(gated)  # type: ignore[no-any-return]
 
 
-def join(*layers: nn.Linear) -> nn.Module:
+def join(*layers: nn.Linear, int8: bool) -> nn.Module:
     """One linear layer that gives what `layers` give, side by side."""
     weight = torch.cat([layer.weight.detach() for layer in layers]) if len(layers) > 1 else layers[0].weight
     biases = [layer.bias.detach() for layer in layers if layer.bias is not None]
     bias = torch.cat(biases) if biases else None
+    if int8:
+        return Int8Linear(weight, bias)
     if can_pack(weight):
         return PackedLinear(weight, bias)
     joined = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")

@@ -49,15 +49,24 @@ def choose_dtype(name: str, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if name == "bfloat16" else torch.float32
 
 
-def load_model(model: Path, device: torch.device, dtype: torch.dtype) -> Llama:
-    """Loads the Llama in the folder `model` onto a device."""
+def load_model(model: Path, device: torch.device, dtype: torch.dtype, *, int8: bool = False) -> Llama:
+    """Loads the Llama in the folder `model` onto a device, if asked with weights of int8."""
+    # Those are made on the CPU, layer by layer, of weights that stay on disk until then: the device and its
+    # memory need not be large enough for what they are made of.
     loaded = LlamaForCausalLM.from_pretrained(
-        model, dtype=dtype, device_map={"": device}, local_files_only=True
+        model,
+        dtype="auto" if int8 else dtype,
+        device_map={"": "cpu" if int8 else device},
+        local_files_only=True,
     )
     if device.type == "cuda":
         # It plans anew for each length of context, which takes longer than to attend.
         torch.backends.cuda.enable_cudnn_sdp(False)
-    return Llama(loaded).eval()
+    llama = Llama(loaded, device=device, dtype=dtype, int8=int8).eval()
+    if int8:
+        for parameter in llama.parameters():  # what is not a copy yet would keep all of the files mapped
+            parameter.data = parameter.data.clone()
+    return llama
 
 
 class ModelRunner:

@@ -4,10 +4,12 @@ from pathlib import Path
 
 import torch
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
+from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks.random_model import forbid_tokens
 from demo.train import CONTROL_TOKENS, LLAMA3_REGEX
+from engine.int8_linear import quantize
 
 # What Meta's tokenizer gives for the words of its own test of the chat format.
 GOLDEN_WORDS = {
@@ -85,4 +87,15 @@ def make_model(folder: Path, shape: str = "gqa-2", *, context: int = 512, seed: 
         forbid_tokens(model, list(range(256, config.vocab_size)))
     model.save_pretrained(folder)
     tokenizer.save(str(folder / "tokenizer.json"))
+    return folder
+
+
+def quantized_copy(model: Path, folder: Path) -> Path:
+    """The same model with weights that int8 can hold, on disk as any other."""
+    loaded = LlamaForCausalLM.from_pretrained(model, dtype=torch.float32)
+    for module in loaded.modules():
+        if isinstance(module, nn.Linear):
+            weight, scale = quantize(module.weight.detach())
+            module.weight.data.copy_(weight * scale.float().unsqueeze(1))
+    loaded.save_pretrained(folder)
     return folder

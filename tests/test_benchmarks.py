@@ -79,6 +79,22 @@ def test_the_roofline_runs_on_a_small_model() -> None:
     assert result["ratios"].keys() == {"generate", "continuous_batching"}
 
 
+def test_what_int8_changes_is_measured_on_a_small_model() -> None:
+    shape = "--device cpu --dtype float32 --layers 1 --hidden-size 512 --vocab-size 2000"
+    result = run("quantization", f"{shape} --dialogs 3 --batch 1 2 --context 16 --steps 2 --prefill 32")
+    assert [(row["weights"], row["with"]) for row in result["agreement"]] == [
+        ("int8", "bfloat16"),
+        ("int8", "float32"),
+        ("bfloat16", "float32"),
+    ]
+    assert all(0.9 < row["same_next_token"] <= 1 and row["mean_kl"] > 0 for row in result["agreement"])
+    matrices = 512 * (2 * 512 + 2 * 128 + 3 * 1792 + 2000)
+    rows, norms = 3 * 512 + 2 * 128 + 2 * 1792 + 2000, 3 * 512
+    assert result["speed"]["none"]["read"] == 4 * (matrices + norms)
+    assert result["speed"]["int8"]["read"] == matrices + 4 * (rows + norms)
+    assert all([row["batch"] for row in speed["decode"]] == [1, 2] for speed in result["speed"].values())
+
+
 def test_streams_at_a_gpus_rates_are_counted_whole() -> None:
     [rates] = run("http_rates", "--clients 3 --step-ms 20 --output-tokens 30")["rates"]
     assert rates["clients"] == 3

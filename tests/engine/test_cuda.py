@@ -11,14 +11,17 @@ from engine.model_runner import ModelRunner, load_model
 from engine.scheduler import Scheduler
 from engine.sequence import BLOCK_SIZE, SamplingParams, Sequence
 from tests.engine.test_same_tokens import generate
-from tests.models import SHAPES, make_model
+from tests.models import SHAPES, make_model, quantized_copy
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 
 
+@pytest.mark.parametrize("int8", [False, True])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_graphs_give_the_tokens_of_transformers(shape: str, tmp_path: Path) -> None:
-    model = make_model(tmp_path, shape)
+def test_graphs_give_the_tokens_of_transformers(shape: str, int8: bool, tmp_path: Path) -> None:
+    model = make_model(tmp_path / "model", shape)
+    if int8:  # and transformers the same weights, as float32
+        model = quantized_copy(model, tmp_path / "quantized")
     generator = random.Random(1)
     sequences = [
         Sequence(
@@ -29,7 +32,7 @@ def test_graphs_give_the_tokens_of_transformers(shape: str, tmp_path: Path) -> N
     ]
     expected = generate(model, [list(s.token_ids) for s in sequences], [s.params for s in sequences])
     scheduler = Scheduler(BlockPool(60, BLOCK_SIZE), max_batch_tokens=64, max_num_seqs=12)
-    loaded = load_model(model, torch.device("cuda"), torch.float32)
+    loaded = load_model(model, torch.device("cuda"), torch.float32, int8=int8)
     runner = ModelRunner(loaded, num_blocks=60, max_num_seqs=12)
     runner.capture_graphs(12, 512)
     for sequence in sequences:

@@ -47,6 +47,8 @@ def test_help_names_every_setting_and_its_meaning() -> None:
         (["--port", "99999"], {}, "--port"),
         (["--prot", "1"], {}, "--prot"),
         (["--device", "tpu"], {}, "--device"),
+        (["--quantization", "int4"], {}, "--quantization"),
+        ([], {"LLAMA_QUANTIZATION": "8"}, "--quantization"),
         (["--gpu-memory-utilization", "nan"], {}, "--gpu-memory-utilization"),
         (["--max-queue", "0"], {}, "--max-queue"),
         (["--port"], {}, "--port"),
