@@ -198,15 +198,13 @@ def _least_kept(probs: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor) -> T
     Returns:
         [n, 1]
     """
-    ranked = torch.from_numpy(numpy.sort(probs.numpy())).flip(-1)  # several times as fast as torch's
+    ranked = torch.from_numpy(numpy.sort(-probs.numpy())).neg_()  # several times as fast as torch's
     cumulated = ranked.cumsum(-1)
-    rank = torch.arange(probs.shape[1])
-    of_top_k = cumulated.gather(1, top_k.unsqueeze(1) - 1)
+    last_of_top_k = top_k.unsqueeze(1) - 1
     # A sum of probabilities may round to 1 before its end: where top-p is off, nothing is to be cut.
     share = top_p.where(top_p < 1, 2.0).unsqueeze(1)
-    is_kept = (rank < top_k.unsqueeze(1)) & (cumulated - ranked < share * of_top_k)
-    num_kept = is_kept.sum(-1, keepdim=True).clamp(min=1)
-    return ranked.gather(1, num_kept - 1).maximum(min_p.unsqueeze(1) * ranked[:, :1])
+    last = torch.searchsorted(cumulated, share * cumulated.gather(1, last_of_top_k)).minimum(last_of_top_k)
+    return ranked.gather(1, last).maximum(min_p.unsqueeze(1) * ranked[:, :1])
 
 
 def _invert(probs: Tensor, uniform: Tensor) -> Tensor:
