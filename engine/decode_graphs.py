@@ -86,7 +86,7 @@ class DecodeGraphs:
         """
         Args:
             inputs: what the graphs will read.
-            max_num_seqs: the most sequences of a step.
+            max_num_seqs: the most sequences that run at once, and the most tokens of a step.
         """
         self._inputs = inputs
         self._graphs: dict[int, tuple[torch.cuda.CUDAGraph, Tensor]] = {}

@@ -463,8 +463,9 @@ def load(
         if kv_tokens < context:
             log.warning("the context is %d tokens, as the KV cache holds no more", kv_tokens)
         runner = ModelRunner(loaded, num_blocks=pool.num_blocks, max_num_seqs=num_seqs)
+        drafted_tokens = max_drafted_tokens(on) if speculate else 0
         if on.type == "cuda":
-            runner.capture_graphs(num_seqs, min(context, kv_tokens))
+            runner.capture_graphs(max(num_seqs, drafted_tokens), min(context, kv_tokens))
         return Engine(
             ChatFormat.from_pretrained(model),
             Scheduler(
@@ -472,7 +473,7 @@ def load(
                 max_batch_tokens=batch_tokens,
                 max_num_seqs=num_seqs,
                 max_drafts=speculate,
-                max_drafted_tokens=max_drafted_tokens(on),
+                max_drafted_tokens=drafted_tokens,
             ),
             runner,
             thread=thread,

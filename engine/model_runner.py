@@ -92,7 +92,8 @@ class ModelRunner:
         self._logits: Tensor
 
     def capture_graphs(self, max_num_seqs: int, max_model_len: int) -> None:
-        """Makes decode steps on CUDA fast. It takes seconds."""
+        """Makes decode steps of up to `max_num_seqs` sequences, and as many tokens, fast on CUDA. It takes
+        seconds."""
         inputs = DecodeInputs(
             self._kv_cache, max_num_seqs=max_num_seqs, max_blocks=-(-max_model_len // BLOCK_SIZE)
         )
