@@ -34,7 +34,7 @@ def rotate_and_store(heads: Tensor, cos: Tensor, sin: Tensor, slots: Tensor, cac
     """
     Args:
         heads: [tokens, heads + 2 * kv_heads, head_dim], contiguous.
-        cos, sin: [tokens, head_dim], contiguous.
+        cos, sin: [tokens, head_dim], contiguous; the first half of `sin` is negated.
         slots: [tokens].
         cache: [blocks, block_size, 2, kv_heads, head_dim].
     """
@@ -91,7 +91,7 @@ def _rotate_and_store(
         angle = token * 2 * HALF + channel
         x, y = first, second
         first = x * tl.load(cos + angle, mask=is_channel, other=0.0).to(tl.float32)
-        first -= y * tl.load(sin + angle, mask=is_channel, other=0.0).to(tl.float32)
+        first += y * tl.load(sin + angle, mask=is_channel, other=0.0).to(tl.float32)
         second = y * tl.load(cos + angle + HALF, mask=is_channel, other=0.0).to(tl.float32)
         second += x * tl.load(sin + angle + HALF, mask=is_channel, other=0.0).to(tl.float32)
     if kv_head < 0:

@@ -68,6 +68,7 @@ class Llama(nn.Module):
         delta = self.embedding(token_ids)
         residual = torch.zeros_like(delta)
         cos, sin = (embedding[0] for embedding in self.rotary(delta, positions.unsqueeze(0)))
+        sin[:, : sin.shape[1] // 2].neg_()
         for layer, cache in zip(self.layers, batch.kv_cache, strict=True):
             delta = layer(residual, delta, cos, sin, batch, cache)
         if kept is not None:
@@ -98,7 +99,7 @@ class Layer(nn.Module):
         Args:
             residual: [tokens, hidden_size], the residual stream, to which `delta` is added in place.
             delta: [tokens, hidden_size], what the layer before has computed.
-            cos, sin: [tokens, head_dim].
+            cos, sin: as in rotate_and_store.
             cache: this layer's, as in AttentionBatch.
 
         Returns:

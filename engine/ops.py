@@ -1,5 +1,7 @@
 """What lies between the matrices of a layer: in plain PyTorch, and on CUDA as one kernel each."""
 
+import functools
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -21,7 +23,7 @@ def add_norm(residual: Tensor, delta: Tensor, norm: LlamaRMSNorm) -> Tensor:
         return layer_kernels.add_norm(residual, delta, norm.weight, norm.variance_epsilon)
     # In half the time of F.rms_norm at the few rows of a decode step.
     length = torch.linalg.vector_norm(residual.add_(delta), dim=-1, keepdim=True, dtype=torch.float32)
-    rms = length.div_(residual.shape[-1] ** 0.5).hypot_(length.new_tensor(norm.variance_epsilon**0.5))
+    rms = length.div_(residual.shape[-1] ** 0.5).hypot_(_number(norm.variance_epsilon**0.5))
     normed: Tensor = (residual / rms).mul_(norm.weight)
     return normed.to(residual.dtype)
 
@@ -33,7 +35,7 @@ def rotate_and_store(heads: Tensor, cos: Tensor, sin: Tensor, slots: Tensor, cac
 
     Args:
         heads: [tokens, heads + 2 * kv_heads, head_dim]: queries, keys, values.
-        cos, sin: [tokens, head_dim].
+        cos, sin: [tokens, head_dim]; the first half of `sin` is negated.
         slots, cache: as in AttentionBatch, of one layer.
 
     Returns:
@@ -47,8 +49,7 @@ def rotate_and_store(heads: Tensor, cos: Tensor, sin: Tensor, slots: Tensor, cac
         layer_kernels.rotate_and_store(heads, cos, sin, slots, cache)
     else:
         rotated = heads[:, : num_heads + num_kv_heads]
-        first, second = rotated.chunk(2, dim=-1)
-        partners = torch.cat((-second, first), dim=-1)
+        partners = rotated.roll(rotated.shape[-1] // 2, -1)
         rotated.mul_(cos.unsqueeze(1)).addcmul_(partners, sin.unsqueeze(1))
         cache.flatten(0, 1).index_copy_(0, slots, heads[:, num_heads:].view(len(heads), 2, num_kv_heads, -1))
     return heads[:, :num_heads]
@@ -62,3 +63,8 @@ def silu_mul(gate_up: Tensor) -> Tensor:
         return layer_kernels.silu_mul(gate_up)
     gate, up = gate_up.chunk(2, dim=-1)
     return F.silu(gate).mul_(up)
+
+
+@functools.cache
+def _number(value: float) -> Tensor:
+    return torch.tensor(value)

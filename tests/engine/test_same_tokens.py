@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import LlamaForCausalLM
+from transformers import LlamaForCausalLM, RepetitionPenaltyLogitsProcessor
 
 from engine.block_pool import BlockPool
 from engine.model_runner import ModelRunner, load_model
@@ -66,6 +66,23 @@ def generate(model: Path, prompts: list[list[int]], params: list[SamplingParams]
     ]
 
 
+@torch.inference_mode()
+def assert_same_tokens(model: Path, sequences: list[Sequence], expected: list[list[int]]) -> None:
+    """But where two tokens are as likely as each other, to which float32 rounds them as it happens."""
+    ties = 0
+    for sequence, token_ids in zip(sequences, expected, strict=True):
+        if sequence.token_ids != token_ids:
+            pairs = zip(sequence.token_ids, token_ids, strict=True)
+            place = next(place for place, (ours, theirs) in enumerate(pairs) if ours != theirs)
+            reference = LlamaForCausalLM.from_pretrained(model, dtype=torch.float64)
+            before = torch.tensor([token_ids[:place]])
+            penalty = RepetitionPenaltyLogitsProcessor(sequence.params.repetition_penalty)
+            scores = penalty(before, reference(before).logits[:, -1])[0]
+            assert abs(scores[sequence.token_ids[place]] - scores[token_ids[place]]) < 1e-4
+            ties += 1
+    assert ties <= len(sequences) // 20
+
+
 @pytest.mark.parametrize("shape", SHAPES)
 def test_the_tokens_of_transformers(shape: str, tmp_path: Path) -> None:
     model = make_model(tmp_path, shape)
@@ -74,7 +91,7 @@ def test_the_tokens_of_transformers(shape: str, tmp_path: Path) -> None:
 
     scheduler = run_together(model, sequences, num_blocks=40, max_batch_tokens=48)
 
-    assert [s.token_ids for s in sequences] == expected
+    assert_same_tokens(model, sequences, expected)
     assert scheduler.pool.num_unused == 40
 
 
@@ -93,7 +110,7 @@ def test_the_tokens_of_transformers_across_preemption(shape: str, tmp_path: Path
 
     scheduler = run_together(model, sequences, num_blocks=14, max_batch_tokens=48)
 
-    assert [s.token_ids for s in sequences] == expected
+    assert_same_tokens(model, sequences, expected)
     assert scheduler.num_preemptions > 3
 
 
