@@ -51,7 +51,8 @@ def replicas(server: RayServer) -> list[psutil.Process]:
     found = []
     for process in psutil.Process(server.process.pid).children(recursive=True):
         with suppress(psutil.Error):
-            if process.status() != psutil.STATUS_ZOMBIE and process.cmdline()[0].startswith(REPLICA):
+            title = " ".join(process.cmdline())  # one that is ending has none
+            if process.status() != psutil.STATUS_ZOMBIE and title.startswith(REPLICA):
                 found.append(process)
     return found
 
@@ -224,14 +225,14 @@ import ray
 
 def lose_the_device():
     from engine.model_runner import ModelRunner
-    run, steps = ModelRunner.run, iter(range(1_000_000))
+    run, steps = ModelRunner.finish, iter(range(1_000_000))
     def lost(self):
         raise RuntimeError("the device is lost")
     def dying(self, batch):
         if next(steps) < 100:
             return run(self, batch)
         lost(self)
-    ModelRunner.run, ModelRunner.check_device = dying, lost
+    ModelRunner.finish, ModelRunner.check_device = dying, lost
 
 init = ray.init
 ray.init = lambda **options: init(**options, runtime_env={"worker_process_setup_hook": lose_the_device})

@@ -264,7 +264,7 @@ from engine.chat_format import ChatFormat
 from engine.detokenizer import Detokenizer
 from engine.model_runner import ModelRunner
 
-encode, feed, run = ChatFormat.encode_dialog, Detokenizer.feed, ModelRunner.run
+encode, feed, run = ChatFormat.encode_dialog, Detokenizer.feed, ModelRunner.finish
 lost = False
 def faulty_encode(self, messages):
     if "format" in messages[-1]["content"]:
@@ -285,7 +285,7 @@ def check_device(self):
     if lost:
         raise RuntimeError("the secret cause")
 ChatFormat.encode_dialog, Detokenizer.feed = faulty_encode, faulty_feed
-ModelRunner.run, ModelRunner.check_device = faulty_run, check_device
+ModelRunner.finish, ModelRunner.check_device = faulty_run, check_device
 limits._BODY_SECONDS = 0.5
 sys.argv[0] = "api.py"
 api.main()

@@ -178,7 +178,7 @@ import sys, uvicorn, api
 from engine.model_runner import ModelRunner
 from serving.settings import Settings
 
-run, steps = ModelRunner.run, iter(range(1000))
+run, steps = ModelRunner.finish, iter(range(1000))
 def lost(self):
     raise RuntimeError("the device is lost")
 def dying(self, batch):
@@ -187,7 +187,7 @@ def dying(self, batch):
     lost(self)
 async def stay(engine):
     pass
-ModelRunner.run, ModelRunner.check_device, api.exit_with = dying, lost, stay
+ModelRunner.finish, ModelRunner.check_device, api.exit_with = dying, lost, stay
 settings = Settings.from_command_line(["--model", sys.argv[1], "--device", "cpu", "--host", "127.0.0.1"])
 uvicorn.run(api.build_app(settings), host="127.0.0.1", port=0)
 """
