@@ -7,16 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
-from engine.block_pool import BlockPool
 from engine.generation import Delta
-from engine.model_runner import ModelRunner, load_model
 from engine.prompt_lookup import PromptLookup
-from engine.scheduler import Scheduler
-from engine.sequence import BLOCK_SIZE, SamplingParams, Sequence
+from engine.sequence import SamplingParams, Sequence
 from tests.engine.test_engine import all_blocks_are_back, recorded, run, running, until, user
-from tests.engine.test_same_tokens import CPU, assert_same_tokens, generate
+from tests.engine.test_same_tokens import assert_same_tokens, generate, run_together
 from tests.models import SHAPES, make_model
 
 
@@ -70,20 +66,13 @@ def test_the_tokens_of_transformers_with_guesses_and_preemption(shape: str, tmp_
         for _ in range(30)
     ]
     expected = generate(model, [list(s.token_ids) for s in sequences], [s.params for s in sequences])
-    scheduler = Scheduler(
-        BlockPool(12, BLOCK_SIZE), max_batch_tokens=48, max_num_seqs=5, max_drafts=6, max_drafted_tokens=16
-    )
-    runner = ModelRunner(load_model(model, CPU, torch.float32), num_blocks=12, max_num_seqs=5)
-    for sequence in sequences:
-        scheduler.add(sequence)
-    while scheduler.has_work:
-        batch = scheduler.schedule()
-        runner.run(batch)
-        scheduler.postprocess(batch)
+
+    scheduler = run_together(model, sequences, num_blocks=14, max_batch_tokens=48, max_drafts=6)
+
     assert_same_tokens(model, sequences, expected)
     assert scheduler.num_preemptions
     assert 0 < scheduler.num_right_drafts < scheduler.num_drafts
-    assert scheduler.pool.num_unused == 12
+    assert scheduler.pool.num_unused == 14
 
 
 FEW = tuple((token_id, 50.0) for token_id in b"abc")

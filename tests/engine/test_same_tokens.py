@@ -33,9 +33,15 @@ def make_sequences() -> list[Sequence]:
     return sequences
 
 
-def run_together(model: Path, sequences: list[Sequence], num_blocks: int, max_batch_tokens: int) -> Scheduler:
+def run_together(
+    model: Path, sequences: list[Sequence], num_blocks: int, max_batch_tokens: int, max_drafts: int = 0
+) -> Scheduler:
     scheduler = Scheduler(
-        BlockPool(num_blocks, BLOCK_SIZE), max_batch_tokens=max_batch_tokens, max_num_seqs=24
+        BlockPool(num_blocks, BLOCK_SIZE),
+        max_batch_tokens=max_batch_tokens,
+        max_num_seqs=24,
+        max_drafts=max_drafts,
+        max_drafted_tokens=16,
     )
     runner = ModelRunner(load_model(model, CPU, torch.float32), num_blocks=num_blocks, max_num_seqs=24)
     arrivals = list(reversed(sequences))

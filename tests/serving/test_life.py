@@ -468,6 +468,7 @@ def test_what_is_not_finished_in_the_time_for_it_is_told(
             assert events[-1]["error"]["message"] == "the server is shutting down"
         assert server.process.wait(LIMIT) == 0
     assert "Traceback" not in server.log
+    assert "Finished server process" in server.log.splitlines()[-1]  # and nobody complains of its end
 
 
 def test_a_signal_during_the_start_ends_it_at_once(long_model: Path, tmp_path: Path) -> None:
