@@ -1,7 +1,7 @@
 import random
 
 from engine.block_pool import BlockPool
-from engine.scheduler import Chunk, Scheduler
+from engine.scheduler import Chunk, Scheduler, only_decodes
 from engine.sequence import SamplingParams, Sequence
 
 BLOCK = 4
@@ -71,6 +71,18 @@ def test_who_decodes_gets_a_token_in_every_step_while_a_long_prompt_is_prefilled
         assert stream.num_output_tokens == before + 1
         assert sum(sizes(batch)) <= 16
     assert stream.num_output_tokens == 1 + -(-150 // 15)
+
+
+def test_a_step_with_one_token_of_a_prompt_does_not_only_decode() -> None:
+    scheduler = make_scheduler(max_batch_tokens=5, max_drafts=3)
+    for n in range(4):
+        scheduler.add(make_sequence(1, max_tokens=9, first=100 * n))
+    step(scheduler)
+    assert only_decodes(scheduler.schedule())
+    scheduler.add(make_sequence(20, first=1000))
+    batch = scheduler.schedule()
+    assert sizes(batch) == [1] * 5
+    assert not only_decodes(batch)
 
 
 def test_blocks_of_a_known_beginning_are_shared_but_the_last_token_is_computed() -> None:
