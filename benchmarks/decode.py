@@ -165,6 +165,11 @@ def work_result(clients: int, output_tokens: int, duration: float) -> dict[str, 
 # The engine.
 
 
+def plain_bytes(model: Any) -> int:
+    """Bytes that a step reads of a model that is not quantized: all but the embedding."""
+    return int(sum(p.nbytes for p in model.parameters()) - model.get_input_embeddings().weight.nbytes)
+
+
 def int8_bytes(llama: Llama) -> int:
     """Bytes that a step reads of a quantized model: all but the embedding."""
     matrices = (m for m in llama.modules() if isinstance(m, Int8Linear))
@@ -243,6 +248,21 @@ def prefill_operations(model: Any, num_tokens: int) -> float:
     return float(config.num_hidden_layers * (2 * weights * num_tokens + attention) + head)
 
 
+def make_engine(runner: ModelRunner, scheduler: Scheduler, *, vocab_size: int, max_queue: int) -> Engine:
+    """An engine for token ids: its tokenizer is another model's, so its texts are of no interest."""
+    return Engine(
+        ChatFormat.from_pretrained(DEMO_MODEL),
+        scheduler,
+        runner,
+        thread=ThreadPoolExecutor(1),
+        vocab_size=vocab_size,
+        sampling_defaults={},
+        max_model_len=MAX_MODEL_LEN,
+        max_queue=max_queue,
+        request_timeout=0,
+    )
+
+
 def measure_engine(
     runner: ModelRunner, num_blocks: int, clients: int, output_tokens: int, args: argparse.Namespace
 ) -> dict[str, float]:
@@ -254,21 +274,12 @@ def measure_engine(
             pass
 
     async def work() -> float:
-        engine = Engine(
-            ChatFormat.from_pretrained(DEMO_MODEL),  # a tokenizer is needed, but its text is of no interest
-            Scheduler(
-                BlockPool(num_blocks, BLOCK_SIZE),
-                max_batch_tokens=args.max_batch_tokens,
-                max_num_seqs=max(args.batch),
-            ),
-            runner,
-            thread=ThreadPoolExecutor(1),
-            vocab_size=args.vocab_size,
-            sampling_defaults={},
-            max_model_len=MAX_MODEL_LEN,
-            max_queue=clients,
-            request_timeout=0,
+        scheduler = Scheduler(
+            BlockPool(num_blocks, BLOCK_SIZE),
+            max_batch_tokens=args.max_batch_tokens,
+            max_num_seqs=max(args.batch),
         )
+        engine = make_engine(runner, scheduler, vocab_size=args.vocab_size, max_queue=clients)
         engine.start()
         started = time.perf_counter()
         generations = [await engine.complete([prompt], params) for prompt in random_prompts(clients, args)]
@@ -293,10 +304,7 @@ def baselines(model: Any, args: argparse.Namespace) -> dict[str, dict[str, float
         print_work("continuous batching", found["continuous_batching"])
     except Exception as error:  # whatever it does not do here is to be read, and ends nothing else
         print(f"transformers' continuous batching failed: {error!r}", file=sys.stderr, flush=True)
-    gc.collect()
-    if args.device == "cuda":
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
+    free_memory(args.device)
     return found
 
 
@@ -353,11 +361,30 @@ def print_work(name: str, result: dict[str, float]) -> None:
     print(f"{name}, {result['clients']} clients: {result['tokens_per_s']:.1f} tokens/s", flush=True)
 
 
+def free_memory(device: str) -> None:
+    """Gives back what nothing holds any more, and counts the peak anew."""
+    gc.collect()
+    if device == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+
+
 def peak_memory(device: str) -> int:
     """Bytes."""
     if device == "cuda":
         return torch.cuda.max_memory_allocated()
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def circumstances(args: argparse.Namespace) -> dict[str, Any]:
+    """When, where and with what a benchmark ran."""
+    return {
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "device": torch.cuda.get_device_name() if args.device == "cuda" else cpu_model(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "arguments": vars(args),
+    }
 
 
 def parse_args() -> argparse.Namespace:
@@ -396,7 +423,7 @@ def main() -> None:
         f"matrix product {hardware['matmul'] / 1e12:.2f} TFLOP/s"
     )
     model = make_model(args)
-    weights = sum(p.nbytes for p in model.parameters()) - model.get_input_embeddings().weight.nbytes
+    weights = plain_bytes(model)
     print(f"weights read in a step: {weights / 1e9:.2f} GB", flush=True)
     work = baselines(model, args)
     llama = Llama(model, int8=args.quantization == "int8").eval()
@@ -420,11 +447,7 @@ def main() -> None:
             ratios[name] = ours["tokens_per_s"] / work[name]["tokens_per_s"]
             print(f"that is {ratios[name]:.2f} times {name}")
     result = {
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "device": torch.cuda.get_device_name() if args.device == "cuda" else cpu_model(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "arguments": vars(args),
+        **circumstances(args),
         "hardware": hardware,
         "weights": weights,
         "decode": decodes,

@@ -15,26 +15,25 @@ document.
 
 import argparse
 import asyncio
-import gc
 import json
 import random
-from datetime import UTC, datetime
 from itertools import combinations
 from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from torch import Tensor
 
 from benchmarks.decode import (
+    circumstances,
+    free_memory,
     int8_bytes,
     make_model,
     make_runner,
     measure_prefill,
     measure_steps,
+    plain_bytes,
 )
-from benchmarks.serving import cpu_model
 from demo.dialogs import Turn, load_dialogs, prompts_and_answers
 from engine.attention import AttentionBatch, Span, causal_mask
 from engine.chat_format import ChatFormat
@@ -86,7 +85,7 @@ def answers(
         return texts
 
     texts = asyncio.run(ask_all())
-    free(args.device)
+    free_memory(args.device)
     return texts
 
 
@@ -101,7 +100,7 @@ def measure_agreement(folder: Path, args: argparse.Namespace) -> list[dict[str, 
         model = load_model(folder, device, getattr(torch, dtype), int8=quantization == "int8")
         logits = next_token_logits(model, chat_format, turns)
         del model
-        free(args.device)
+        free_memory(args.device)
         return logits, answers(folder, turns, dtype, quantization, args)
 
     found = {
@@ -162,7 +161,7 @@ def measure_speed(quantization: str, args: argparse.Namespace) -> dict[str, Any]
     # As the server loads it: int8 is made on the CPU, so that a GPU need not have room for the others.
     model = make_model(argparse.Namespace(**vars(args) | {"device": "cpu" if is_int8 else on}))
     embedding = model.get_input_embeddings().weight.nbytes
-    read = sum(p.nbytes for p in model.parameters()) - embedding
+    read = plain_bytes(model)
     llama = Llama(model, device=torch.device(on), int8=is_int8).eval()
     if is_int8:
         read = int8_bytes(llama)
@@ -184,16 +183,9 @@ def measure_speed(quantization: str, args: argparse.Namespace) -> dict[str, Any]
         prefills.append({"tokens": num_tokens, "tokens_per_s": num_tokens / seconds})
         print(f"prompt of {num_tokens}: {num_tokens / seconds:.1f} tokens/s", flush=True)
     del model, llama, runner
-    free(on)
+    free_memory(on)
     return {"weights": read + embedding, "read": read, "peak_memory_loaded": peak, "decode": rows,
             "prefill": prefills}  # fmt: skip
-
-
-def free(device: str) -> None:
-    gc.collect()
-    if device == "cuda":
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
 
 
 def parse_args() -> argparse.Namespace:
@@ -229,11 +221,7 @@ def main() -> None:
     ]
     speed = {quantization: measure_speed(quantization, args) for quantization in ("none", "int8")}
     result = {
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "device": torch.cuda.get_device_name() if args.device == "cuda" else cpu_model(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "arguments": vars(args),
+        **circumstances(args),
         "agreement": agreement,
         "speed": speed,
     }

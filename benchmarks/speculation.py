@@ -19,22 +19,17 @@ import json
 import math
 import statistics
 import time
-from concurrent.futures import ThreadPoolExecutor
-from datetime import UTC, datetime
 from typing import Any
 
 import torch
 
-from benchmarks.decode import MAX_MODEL_LEN, make_model
-from benchmarks.serving import cpu_model
+from benchmarks.decode import MAX_MODEL_LEN, circumstances, make_engine, make_model
 from engine.block_pool import BlockPool
-from engine.chat_format import ChatFormat
-from engine.engine import Engine, max_drafted_tokens
+from engine.engine import max_drafted_tokens
 from engine.llama import Llama
 from engine.model_runner import ModelRunner
 from engine.scheduler import Scheduler
 from engine.sequence import BLOCK_SIZE, SamplingParams
-from serving.settings import DEMO_MODEL
 
 
 @torch.no_grad()
@@ -86,17 +81,7 @@ def answer(runner: ModelRunner, speculate: int, seed: int, args: argparse.Namesp
             max_drafts=speculate,
             max_drafted_tokens=max_drafted_tokens(torch.device(args.device)),
         )
-        engine = Engine(
-            ChatFormat.from_pretrained(DEMO_MODEL),  # a tokenizer is needed, but its text is of no interest
-            scheduler,
-            runner,
-            thread=ThreadPoolExecutor(1),
-            vocab_size=args.vocab_size,
-            sampling_defaults={},
-            max_model_len=MAX_MODEL_LEN,
-            max_queue=1,
-            request_timeout=0,
-        )
+        engine = make_engine(runner, scheduler, vocab_size=args.vocab_size, max_queue=1)
         engine.start()
         generation = await engine.complete([list(range(args.period)) * 2], params)
         await anext(generation)  # the prompt is computed
@@ -179,10 +164,7 @@ def main() -> None:
                 flush=True,
             )
     result = {
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "device": torch.cuda.get_device_name() if args.device == "cuda" else cpu_model(),
-        "torch": torch.__version__,
-        "arguments": vars(args),
+        **circumstances(args),
         "rows": rows,
     }
     print(json.dumps(result))

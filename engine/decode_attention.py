@@ -33,7 +33,7 @@ def decode_attention(
     num_seqs, num_heads, head_dim = query.shape
     _, block_size, _, num_kv_heads, _ = blocks.shape
     group = num_heads // num_kv_heads
-    splits = splits or _choose_splits(num_seqs * num_kv_heads, query.device)
+    splits = splits or choose_splits(num_seqs * num_kv_heads, query.device)
     parts = torch.empty(num_seqs, num_heads, splits, head_dim, dtype=torch.float32, device=query.device)
     stats = torch.empty(num_seqs, num_heads, splits, 2, dtype=torch.float32, device=query.device)
     output = torch.empty(query.shape, dtype=query.dtype, device=query.device)
@@ -47,7 +47,8 @@ def decode_attention(
     return output
 
 
-def _choose_splits(programs: int, device: torch.device) -> int:
+def choose_splits(programs: int, device: torch.device) -> int:
+    """Into how many parts, a power of two, to cut the work of so many programs to keep a GPU busy."""
     processors = torch.cuda.get_device_properties(device).multi_processor_count
     return int(min(64, triton.next_power_of_2(max(1, 2 * processors // programs))))
 

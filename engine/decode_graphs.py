@@ -100,22 +100,17 @@ class DecodeGraphs:
             pool = graph.pool()
             log.info("captured the decode step of %d tokens", size)
 
-    def can_run(self, batch: list[Chunk]) -> bool:
-        """Whether a step only decodes, and is small enough."""
-        return only_decodes(batch) and _num_tokens(batch) <= max(self._graphs)
-
-    def run(self, batch: list[Chunk]) -> Tensor:
-        """The logits that follow each token: [tokens, vocab_size], float32, until the next run."""
-        num_tokens = _num_tokens(batch)
-        size = min(size for size in self._graphs if size >= num_tokens)
+    def run(self, batch: list[Chunk]) -> Tensor | None:
+        """The logits that follow each token: [tokens, vocab_size], float32, until the next run. None if the
+        step does more than decode, or is too large."""
+        num_tokens = sum(len(chunk.positions) for chunk in batch)
+        size = min((size for size in self._graphs if size >= num_tokens), default=None)
+        if size is None or not only_decodes(batch):
+            return None
         self._inputs.fill(batch, size)
         graph, logits = self._graphs[size]
         graph.replay()
         return logits[:num_tokens]
-
-
-def _num_tokens(batch: list[Chunk]) -> int:
-    return sum(len(chunk.positions) for chunk in batch)
 
 
 def padded_sizes(max_num_seqs: int) -> list[int]:

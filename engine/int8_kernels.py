@@ -11,8 +11,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from engine.decode_attention import choose_splits
+
 _MANY = 64
 """Tokens beyond which the weights are multiplied as long as they are read: there is no need to split."""
+_MOST_SPLITS = 16
 _CHANNELS = 1024
 """Of a token, added by a program."""
 
@@ -39,7 +42,9 @@ def linear(
     columns = (128 if is_many else 256) // x.element_size()
     padded = 128 if is_many else max(16, triton.next_power_of_2(tokens))
     programs = triton.cdiv(size_out, rows)
-    splits = splits or (1 if is_many else _choose_splits(programs, triton.cdiv(size_in, columns), x.device))
+    if splits is None:
+        steps = triton.next_power_of_2(triton.cdiv(size_in, columns))
+        splits = 1 if is_many else min(choose_splits(programs, x.device), steps, _MOST_SPLITS)
     parts = (
         torch.empty(splits, tokens, size_out, dtype=torch.float32, device=x.device) if splits > 1 else output
     )
@@ -53,12 +58,6 @@ def linear(
             parts, scale, bias, output, size_out, CHANNELS=_CHANNELS, SPLITS=splits
         )
     return output
-
-
-def _choose_splits(programs: int, steps: int, device: torch.device) -> int:
-    processors = torch.cuda.get_device_properties(device).multi_processor_count
-    wanted = triton.next_power_of_2(max(1, 2 * processors // programs))
-    return int(min(wanted, 16, triton.next_power_of_2(steps)))
 
 
 @triton.jit(do_not_specialize=["tokens"])  # it changes from step to step: one kernel for all

@@ -146,8 +146,8 @@ class ModelRunner:
     def _forward(self, batch: list[Chunk]) -> Tensor:
         """The logits that follow each chunk that samples, and each of its drafts: [rows, vocab_size],
         float32."""
-        if self._graphs is not None and self._graphs.can_run(batch):
-            return self._graphs.run(batch)
+        if self._graphs is not None and (decoded := self._graphs.run(batch)) is not None:
+            return decoded
         token_ids: list[int] = []
         positions: list[int] = []
         slots: list[int] = []
