@@ -10,9 +10,15 @@ import pytest
 
 from engine.generation import Delta
 from engine.prompt_lookup import PromptLookup
-from engine.sequence import SamplingParams, Sequence
+from engine.sequence import SamplingParams
 from tests.engine.test_engine import all_blocks_are_back, recorded, run, running, until, user
-from tests.engine.test_same_tokens import assert_same_tokens, generate, run_together
+from tests.engine.test_same_tokens import (
+    assert_same_tokens,
+    generate,
+    load_runner,
+    random_sequences,
+    run_together,
+)
 from tests.models import SHAPES, make_model
 
 
@@ -53,21 +59,14 @@ def test_a_text_that_grows_is_looked_up_as_if_it_were_new() -> None:
 @pytest.mark.parametrize("shape", SHAPES)
 def test_the_tokens_of_transformers_with_guesses_and_preemption(shape: str, tmp_path: Path) -> None:
     model = make_model(tmp_path, shape)
-    generator = random.Random(4)
-    sequences = [
-        Sequence(
-            [generator.randrange(256) for _ in range(generator.randrange(2, 40))],
-            SamplingParams(
-                max_tokens=generator.randrange(20, 80),
-                temperature=0,
-                repetition_penalty=generator.choice([1.0, 1.0, 1.1]),
-            ),
-        )
-        for _ in range(30)
-    ]
+    sequences = random_sequences(
+        30, seed=4, prompt=range(2, 40), answer=range(20, 80), penalties=[1.0, 1.0, 1.1]
+    )
     expected = generate(model, [list(s.token_ids) for s in sequences], [s.params for s in sequences])
 
-    scheduler = run_together(model, sequences, num_blocks=14, max_batch_tokens=48, max_drafts=6)
+    scheduler = run_together(
+        load_runner(model, 14), sequences, num_blocks=14, max_batch_tokens=48, max_drafts=6
+    )
 
     assert_same_tokens(model, sequences, expected)
     assert scheduler.num_preemptions

@@ -33,17 +33,44 @@ def make_sequences() -> list[Sequence]:
     return sequences
 
 
+def random_sequences(
+    count: int, *, seed: int, prompt: range, answer: range, penalties: list[float]
+) -> list[Sequence]:
+    """Of prompts and answers of so many tokens."""
+    generator = random.Random(seed)
+    return [
+        Sequence(
+            [generator.randrange(256) for _ in range(generator.choice(prompt))],
+            SamplingParams(
+                max_tokens=generator.choice(answer),
+                temperature=0,
+                repetition_penalty=generator.choice(penalties),
+            ),
+        )
+        for _ in range(count)
+    ]
+
+
+def load_runner(model: Path, num_blocks: int) -> ModelRunner:
+    return ModelRunner(load_model(model, CPU, torch.float32), num_blocks=num_blocks, max_num_seqs=24)
+
+
 def run_together(
-    model: Path, sequences: list[Sequence], num_blocks: int, max_batch_tokens: int, max_drafts: int = 0
+    runner: ModelRunner,
+    sequences: list[Sequence],
+    *,
+    num_blocks: int,
+    max_batch_tokens: int,
+    max_num_seqs: int = 24,
+    max_drafts: int = 0,
 ) -> Scheduler:
     scheduler = Scheduler(
         BlockPool(num_blocks, BLOCK_SIZE),
         max_batch_tokens=max_batch_tokens,
-        max_num_seqs=24,
+        max_num_seqs=max_num_seqs,
         max_drafts=max_drafts,
-        max_drafted_tokens=16,
+        max_drafted_tokens=12,
     )
-    runner = ModelRunner(load_model(model, CPU, torch.float32), num_blocks=num_blocks, max_num_seqs=24)
     arrivals = list(reversed(sequences))
     while scheduler.has_work or arrivals:
         for _ in range(4):
@@ -95,7 +122,7 @@ def test_the_tokens_of_transformers(shape: str, tmp_path: Path) -> None:
     sequences = make_sequences()
     expected = generate(model, [list(s.token_ids) for s in sequences], [s.params for s in sequences])
 
-    scheduler = run_together(model, sequences, num_blocks=40, max_batch_tokens=48)
+    scheduler = run_together(load_runner(model, 40), sequences, num_blocks=40, max_batch_tokens=48)
 
     assert_same_tokens(model, sequences, expected)
     assert scheduler.pool.num_unused == 40
@@ -104,17 +131,10 @@ def test_the_tokens_of_transformers(shape: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("shape", SHAPES)
 def test_the_tokens_of_transformers_across_preemption(shape: str, tmp_path: Path) -> None:
     model = make_model(tmp_path, shape)
-    generator = random.Random(3)
-    sequences = [
-        Sequence(
-            [generator.randrange(256) for _ in range(generator.randrange(2, 20))],
-            SamplingParams(max_tokens=generator.randrange(40, 80), temperature=0, repetition_penalty=1.1),
-        )
-        for _ in range(12)
-    ]
+    sequences = random_sequences(12, seed=3, prompt=range(2, 20), answer=range(40, 80), penalties=[1.1])
     expected = generate(model, [list(s.token_ids) for s in sequences], [s.params for s in sequences])
 
-    scheduler = run_together(model, sequences, num_blocks=14, max_batch_tokens=48)
+    scheduler = run_together(load_runner(model, 14), sequences, num_blocks=14, max_batch_tokens=48)
 
     assert_same_tokens(model, sequences, expected)
     assert scheduler.num_preemptions > 3
