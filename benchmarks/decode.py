@@ -26,6 +26,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -195,8 +196,9 @@ def make_runner(llama: Llama, args: argparse.Namespace) -> tuple[ModelRunner, in
 def measure_steps(
     runner: ModelRunner, num_blocks: int, batch_size: int, context: int, args: argparse.Namespace
 ) -> float | None:
-    """The median seconds of decode steps, sampled as the tutorial does; None if there are too few blocks."""
-    blocks_each = -(-(context + WARM_UP_STEPS + args.steps) // BLOCK_SIZE)
+    """The median seconds of decode steps, from the tokens of one to those of the next, sampled as the tutorial
+    does. Steps are launched ahead where the engine does so. None if there are too few blocks."""
+    blocks_each = -(-(context + WARM_UP_STEPS + args.steps + 1) // BLOCK_SIZE)
     if batch_size * blocks_each > num_blocks:
         return None
     shuffled = random.Random(0).sample(range(num_blocks), batch_size * blocks_each)
@@ -211,13 +213,18 @@ def measure_steps(
         for row in range(batch_size)
     ]
 
-    def step() -> None:
-        runner.run([Chunk(sequence, 1) for sequence in sequences])
+    ahead: list[Chunk] = []
+    ends: list[float] = []
+    for _ in range(WARM_UP_STEPS + args.steps):
+        batch = ahead or [Chunk(sequence, 1) for sequence in sequences]
+        if not ahead:
+            runner.launch(batch)
+        ahead = [chunk.following() for chunk in batch] if runner.runs_ahead else []
+        runner.finish(batch, ahead)
         for sequence in sequences:
             sequence.num_computed += 1
-
-    times = [timed(step, args.device) for _ in range(WARM_UP_STEPS + args.steps)]
-    return statistics.median(times[WARM_UP_STEPS:])
+        ends.append(time.perf_counter())
+    return statistics.median(end - begin for begin, end in pairwise(ends[WARM_UP_STEPS - 1 :]))
 
 
 def measure_prefill(runner: ModelRunner, num_tokens: int, args: argparse.Namespace) -> float:

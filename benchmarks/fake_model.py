@@ -16,6 +16,7 @@ import itertools
 import json
 import sys
 import time
+from collections.abc import Sequence as Seq
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -38,7 +39,9 @@ MAX_MODEL_LEN = 2048
 
 
 class FakeRunner:
-    """Stands in for `ModelRunner`: every token is one of a few words, drawn from nothing."""
+    """Stands in for `ModelRunner` on a GPU: every token is one of a few words, drawn from nothing."""
+
+    runs_ahead = True
 
     def __init__(self, token_ids: list[int], step_seconds: float, host_ops: int) -> None:
         self._token_ids = itertools.cycle(token_ids)
@@ -52,15 +55,18 @@ class FakeRunner:
     def launch(self, batch: list[Chunk]) -> None:
         for _ in range(self._host_ops):
             self._tensor.add_(1)
-        self._ends = time.perf_counter() + self._step_seconds
+        self._ends = max(time.perf_counter(), self._ends) + self._step_seconds
 
-    def finish(self, batch: list[Chunk]) -> None:
+    def finish(self, batch: list[Chunk], ahead: Seq[Chunk] = ()) -> None:
+        ends = self._ends
+        if ahead:
+            self.launch(list(ahead))
+        if (left := ends - time.perf_counter()) > 0:
+            time.sleep(left)
         sampling = [chunk.sequence for chunk in batch if chunk.samples]
         for sequence in sampling:
             sequence.append(next(self._token_ids))
-        self.steps.append((self._ends - self._step_seconds, len(sampling)))
-        if (left := self._ends - time.perf_counter()) > 0:
-            time.sleep(left)
+        self.steps.append((ends - self._step_seconds, len(sampling)))
 
     def check_device(self) -> None:
         """There is none that could be lost."""

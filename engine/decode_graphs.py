@@ -1,6 +1,7 @@
 """Decode steps on CUDA as graphs: one launch for the forward pass, instead of hundreds from Python."""
 
 import logging
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -8,6 +9,7 @@ from torch import Tensor
 
 from engine.attention import AttentionBatch, Contexts
 from engine.llama import Llama
+from engine.sampler import Drawn
 from engine.scheduler import Chunk, only_decodes
 from engine.sequence import BLOCK_SIZE
 
@@ -41,15 +43,26 @@ class DecodeInputs:
         self._written: list[tuple[list[int], int]] = [([], 0)] * max_num_seqs
         """Of each row: whose block table it is, and how many blocks of it are there."""
 
-    def fill(self, batch: list[Chunk], size: int) -> None:
-        """Writes a step, padded to `size` queries."""
+    def fill(self, batch: list[Chunk], size: int, drawn: Drawn | None = None) -> None:
+        """Writes a step, padded to `size` queries.
+
+        Args:
+            drawn: the tokens of the step before, if it is they that this one reads.
+        """
         self._write_new_blocks(batch)
-        token_ids = [token_id for chunk in batch for token_id in chunk.input_ids]
+        if drawn is None:
+            token_ids = [token_id for chunk in batch for token_id in chunk.input_ids]
+        else:  # only the device knows them: where to find them
+            places = {sequence: place for place, sequence in enumerate(drawn.sequences)}
+            token_ids = [places[chunk.sequence] for chunk in batch]
         positions = [position for chunk in batch for position in chunk.positions]
         rows = [chunk.sequence.row for chunk in batch for _ in chunk.positions]
         rest = size - len(rows)
         inputs = [token_ids + [0] * rest, positions + [0] * rest, rows + [self._idle_row] * rest]
         self._inputs[:, :size].copy_(self._on_device(inputs))
+        if drawn is not None:
+            ids = self._inputs[0, : len(batch)]
+            ids.copy_(drawn.token_ids[ids].clamp(min=0))  # where none was drawn, what is computed is dropped
 
     def forward(self, model: Llama, size: int) -> Tensor:
         """The logits that follow each of the first `size` tokens: [size, vocab_size], float32."""
@@ -88,29 +101,41 @@ class DecodeGraphs:
             inputs: what the graphs will read.
             max_num_seqs: the most sequences that run at once, and the most tokens of a step.
         """
+        self._model = model
         self._inputs = inputs
-        self._graphs: dict[int, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
-        pool = None
+        self._pool: Any = None
+        self._replay: dict[int, Callable[[], Tensor]] = {}
         for size in reversed(padded_sizes(max_num_seqs)):  # the others fit into the memory of the largest
-            graph = torch.cuda.CUDAGraph()
-            inputs.forward(model, size)
-            with torch.cuda.graph(graph, pool=pool):
-                logits = inputs.forward(model, size)
-            self._graphs[size] = graph, logits
-            pool = graph.pool()
+            self._replay[size] = self._capture(size)
             log.info("captured the decode step of %d tokens", size)
 
-    def run(self, batch: list[Chunk]) -> Tensor | None:
+    def _capture(self, size: int) -> Callable[[], Tensor]:
+        """Records the forward pass of so many tokens. Returns what repeats it, and gives its logits."""
+        self._inputs.forward(self._model, size)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self._pool):
+            logits = self._inputs.forward(self._model, size)
+        self._pool = graph.pool()
+
+        def replay() -> Tensor:
+            graph.replay()
+            return logits
+
+        return replay
+
+    def run(self, batch: list[Chunk], drawn: Drawn | None = None) -> Tensor | None:
         """The logits that follow each token: [tokens, vocab_size], float32, until the next run. None if the
-        step does more than decode, or is too large."""
+        step does more than decode, or is too large.
+
+        Args:
+            drawn: as for `DecodeInputs.fill`.
+        """
         num_tokens = sum(len(chunk.positions) for chunk in batch)
-        size = min((size for size in self._graphs if size >= num_tokens), default=None)
+        size = min((size for size in self._replay if size >= num_tokens), default=None)
         if size is None or not only_decodes(batch):
             return None
-        self._inputs.fill(batch, size)
-        graph, logits = self._graphs[size]
-        graph.replay()
-        return logits[:num_tokens]
+        self._inputs.fill(batch, size, drawn)
+        return self._replay[size]()[:num_tokens]
 
 
 def padded_sizes(max_num_seqs: int) -> list[int]:

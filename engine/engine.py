@@ -122,6 +122,8 @@ class Engine:
         self._ended: deque[float] = deque(maxlen=_RATE_OVER)
         """When the last answers ended since the engine was idle, behind when the first of them began."""
         self._inbox: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
+        self._ahead: list[Chunk] = []
+        """The step that was launched before the one before it had ended."""
         self._computed: list[Chunk] = []
         """The last step, while the event loop has not been told of it."""
         self._thread = thread
@@ -353,13 +355,16 @@ class Engine:
         return True
 
     def _step(self) -> None:
-        batch = self._scheduler.schedule()
+        launched = [chunk for chunk in self._ahead if chunk.sequence.row >= 0]  # the others have left
+        batch = launched or self._scheduler.schedule()
         if not batch:
             return
+        self._ahead = self._scheduler.schedule_ahead(batch) if self._runner.runs_ahead else []
         try:
-            self._runner.launch(batch)
+            if not launched:
+                self._runner.launch(batch)
             self._deliver()  # while a GPU computes: the event loop may hold up whoever needs Python
-            self._runner.finish(batch)
+            self._runner.finish(batch, self._ahead)
         except Exception as error:
             self._deliver()
             self._runner.check_device()

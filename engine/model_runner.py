@@ -1,7 +1,8 @@
 """The step: a batch in, token ids out. What is particular to a device is decided here."""
 
 import sys
-from itertools import groupby
+from collections.abc import Sequence as Seq
+from itertools import accumulate, chain, groupby
 from pathlib import Path
 
 import psutil
@@ -89,8 +90,11 @@ class ModelRunner:
             for _ in range(config.num_hidden_layers)
         ]
         self._graphs: DecodeGraphs | None = None
-        self._logits: Tensor
+        self._rows: dict[Chunk, int] = {}
+        self._logits: Tensor | None = None
+        """Of the step that was launched, and which of them follow each of its chunks; None: not begun yet."""
 
+    @torch.inference_mode()
     def capture_graphs(self, max_num_seqs: int, max_model_len: int) -> None:
         """Makes decode steps of up to `max_num_seqs` sequences, and as many tokens, fast on CUDA. It takes
         seconds."""
@@ -99,18 +103,29 @@ class ModelRunner:
         )
         self._graphs = DecodeGraphs(self._model, inputs, max_num_seqs=max_num_seqs)
 
+    @property
+    def runs_ahead(self) -> bool:
+        """Whether a step can be launched before the tokens that it reads are known here."""
+        return self._graphs is not None
+
     @torch.inference_mode()
     def launch(self, batch: list[Chunk]) -> None:
         """Starts a step. A GPU goes on with it alone; a CPU leaves all of it to `finish`."""
-        if self._on_cuda:
-            self._logits = self._forward(batch)
+        self._rows = _first_rows(batch)
+        self._logits = self._forward(batch) if self._on_cuda else None
 
     @torch.inference_mode()
-    def finish(self, batch: list[Chunk]) -> None:
+    def finish(self, batch: list[Chunk], ahead: Seq[Chunk] = ()) -> None:
         """Ends the step that was launched. Each sequence of a chunk that samples gets its next token, and one
-        more for each draft that is right; or the reason why none could be drawn."""
-        logits = self._logits if self._on_cuda else self._forward(batch)
-        self._sample(logits, [chunk for chunk in batch if chunk.samples])
+        more for each draft that is right; or the reason why none could be drawn.
+
+        Args:
+            batch: the step, or what is left of it.
+            ahead: what `Scheduler.schedule_ahead` gives of it: it is launched before the tokens are waited
+                for. Only where the runner runs ahead.
+        """
+        logits = self._forward(batch) if self._logits is None else self._logits
+        self._sample(logits, {chunk: self._rows[chunk] for chunk in batch if chunk.samples}, list(ahead))
 
     def run(self, batch: list[Chunk]) -> None:
         """Computes a step."""
@@ -122,24 +137,22 @@ class ModelRunner:
         if self._on_cuda:
             torch.cuda.synchronize()
 
-    def _sample(self, logits: Tensor, chunks: list[Chunk]) -> None:
+    def _sample(self, logits: Tensor, rows: dict[Chunk, int], ahead: list[Chunk]) -> None:
         """Draws the token behind each chunk. Where it is the one that was guessed, the logits of the next are
         there too: it is drawn as if it had come in a step of its own.
 
         Args:
-            logits: [rows, vocab_size], of each chunk one row, and one for each of its drafts.
+            logits: [rows, vocab_size].
+            rows: of each chunk the first; one for each of its drafts follows.
+            ahead: what to launch between the drawing and the reading.
         """
-        rows: dict[Chunk, int] = {}
-        first = 0
-        for chunk in chunks:
-            rows[chunk] = first
-            first += 1 + len(chunk.drafts)
         while rows:
             sequences = [chunk.sequence for chunk in rows]
-            drawn_from = logits if len(rows) == len(logits) else logits[list(rows.values())]
-            for sequence, token_id in zip(
-                sequences, self._sampler.sample(drawn_from, sequences), strict=True
-            ):
+            all_rows = len(rows) == len(logits)
+            drawn = self._sampler.sample(logits if all_rows else logits[list(rows.values())], sequences)
+            if ahead and self._graphs is not None:
+                self._rows, self._logits = _first_rows(ahead), self._graphs.run(ahead, drawn)
+            for sequence, token_id in zip(sequences, drawn.read(), strict=True):
                 sequence.append(token_id)
             rows = {chunk: row + 1 for chunk, row in rows.items() if chunk.can_go_on}
 
@@ -209,6 +222,13 @@ class ModelRunner:
 
     def _tensor(self, values: list[int]) -> Tensor:
         return torch.tensor(values, dtype=torch.long, device=self._device)
+
+
+def _first_rows(batch: list[Chunk]) -> dict[Chunk, int]:
+    """Of each chunk that samples, the first of the logits that the forward pass gives for it."""
+    sampling = [chunk for chunk in batch if chunk.samples]
+    ends = accumulate(1 + len(chunk.drafts) for chunk in sampling)
+    return dict(zip(sampling, chain([0], ends), strict=False))
 
 
 def kv_bytes_per_token(model: Llama) -> int:

@@ -3,7 +3,7 @@
 import struct
 from collections.abc import Sequence as Seq
 from hashlib import blake2b
-from typing import NamedTuple, Self
+from typing import Any, NamedTuple, Self
 
 import numpy
 import torch
@@ -54,6 +54,42 @@ class Knobs(NamedTuple):
         return cls(rows.long(), *others)
 
 
+class Drawn:
+    """The tokens of a step. A GPU sends them to the host when they are drawn; it need not wait for them."""
+
+    def __init__(self, sequences: Seq[Sequence], token_ids: Tensor, ranked: list[Tensor]) -> None:
+        """
+        Args:
+            sequences: for which they are.
+            token_ids: [sequences], on the sampler's device; -1 where none could be drawn.
+            ranked: what `_rank` gives of them.
+        """
+        self.sequences = sequences
+        self.token_ids = token_ids
+        self._on_host = [tensor.to("cpu", non_blocking=True) for tensor in (token_ids, *ranked)]
+        self._arrival: Any = torch.cuda.Event() if token_ids.is_cuda else None  # type: ignore[no-untyped-call]
+        if self._arrival is not None:
+            self._arrival.record()
+
+    def read(self) -> list[int | None]:
+        """Waits for them, and adds to each sequence that asks for it what the model made of its place.
+
+        Returns:
+            A token id for each sequence; None where the logits are not numbers, or no token is allowed: that
+            sequence has failed, and no other.
+        """
+        if self._arrival is not None:
+            self._arrival.synchronize()
+        drawn, *ranked = (tensor.tolist() for tensor in self._on_host)
+        token_ids = [token_id if token_id >= 0 else None for token_id in drawn]
+        for i, of_drawn, values, likeliest in zip(_reported(self.sequences), *ranked, strict=True):
+            token_id, count = token_ids[i], self.sequences[i].params.logprobs
+            if token_id is not None:
+                top = [TokenLogprob(*pair) for pair in zip(likeliest, values, strict=True)][:count]
+                self.sequences[i].logprobs.append(Logprobs(TokenLogprob(token_id, of_drawn), top))
+        return token_ids
+
+
 class Sampler:
     """Applies, in transformers' order, penalties, temperature, top-k, top-p and min-p, and then draws.
 
@@ -65,15 +101,12 @@ class Sampler:
         self._in_prompt = torch.zeros(max_num_seqs, vocab_size, dtype=torch.bool, device=device)
         self._output_counts = torch.zeros(max_num_seqs, vocab_size, dtype=torch.int32, device=device)
 
-    def sample(self, logits: Tensor, sequences: Seq[Sequence]) -> list[int | None]:
+    def sample(self, logits: Tensor, sequences: Seq[Sequence]) -> Drawn:
         """Draws the next token of each sequence.
 
         Args:
-            logits: [sequences, vocab_size], float32.
-
-        Returns:
-            A token id for each sequence; None where the logits are not numbers, or no token is allowed: that
-            sequence has failed, and no other.
+            logits: [sequences, vocab_size], float32; they are read no more when this has returned, or by what
+                a GPU has been given to do before.
         """
         raw = logits
         knobs = Knobs.of(sequences, logits.shape[1], logits.device)
@@ -85,10 +118,7 @@ class Sampler:
         token_ids = _choose(logits, knobs, sequences)
         if penalizes:  # where none was chosen, -1, a sequence has failed, and its row counts no more
             self._output_counts[knobs.rows, token_ids] += 1
-        sampled = [token_id if token_id >= 0 else None for token_id in token_ids.tolist()]
-        if reported := [i for i, sequence in enumerate(sequences) if sequence.params.logprobs is not None]:
-            _report(raw, sampled, reported, sequences)
-        return sampled
+        return Drawn(sequences, token_ids, _rank(raw, token_ids, sequences))
 
     def _penalize(self, logits: Tensor, knobs: Knobs, sequences: Seq[Sequence]) -> Tensor:
         """Repetition penalty as in transformers' RepetitionPenaltyLogitsProcessor; presence and frequency
@@ -149,19 +179,21 @@ def _restrict(logits: Tensor, restricted: list[int], sequences: Seq[Sequence]) -
     return logits
 
 
-def _report(logits: Tensor, sampled: list[int | None], reported: list[int], sequences: Seq[Sequence]) -> None:
-    """Adds to each sequence that asks for it what the model made of the place that was just filled."""
+def _reported(sequences: Seq[Sequence]) -> list[int]:
+    """Which of them ask for logprobs."""
+    return [i for i, sequence in enumerate(sequences) if sequence.params.logprobs is not None]
+
+
+def _rank(logits: Tensor, token_ids: Tensor, sequences: Seq[Sequence]) -> list[Tensor]:
+    """Of each sequence that is reported: the logprob of its token, [reported], and the likeliest tokens' and
+    they themselves, [reported, tokens] each. Empty where there is none."""
+    reported = _reported(sequences)
+    if not reported:
+        return []
     logprobs = logits[reported].log_softmax(-1)
-    most = max(sequences[i].params.logprobs or 0 for i in reported)
-    top = logprobs.topk(most, dim=-1)
-    drawn = logprobs.gather(1, torch.tensor([[sampled[i] or 0] for i in reported], device=logprobs.device))
-    for i, of_drawn, values, token_ids in zip(
-        reported, drawn[:, 0].tolist(), top.values.tolist(), top.indices.tolist(), strict=True
-    ):
-        token_id, count = sampled[i], sequences[i].params.logprobs
-        if token_id is not None:
-            ranked = [TokenLogprob(*pair) for pair in zip(token_ids, values, strict=True)][:count]
-            sequences[i].logprobs.append(Logprobs(TokenLogprob(token_id, of_drawn), ranked))
+    top = logprobs.topk(max(sequences[i].params.logprobs or 0 for i in reported), dim=-1)
+    of_drawn = logprobs.gather(1, token_ids[reported].clamp(min=0).unsqueeze(1)).squeeze(1)
+    return [of_drawn, top.values, top.indices]
 
 
 def draw_uniform(seed: int, counter: int) -> float:

@@ -39,6 +39,12 @@ class Chunk:
         """The tokens that the step has drawn."""
         return self.sequence.token_ids[self.end :] if self.samples else []
 
+    def following(self) -> "Chunk":
+        """Of the token that this one draws, which need not be known yet."""
+        chunk = Chunk(self.sequence, 1)
+        chunk.end, chunk.samples = self.end + 1, True
+        return chunk
+
     @property
     def can_go_on(self) -> bool:
         """Whether the token drawn last is the one that was guessed: another can be drawn behind it."""
@@ -94,6 +100,8 @@ class Scheduler:
         """Guesses that were computed, and how many of them were right."""
         self.num_right_drafts = 0
         self._free_rows = list(reversed(range(max_num_seqs)))
+        self._refused: Sequence | None = None
+        """Who waits first and could not be admitted: nobody can, until one that runs leaves."""
 
     @property
     def has_work(self) -> bool:
@@ -121,9 +129,28 @@ class Scheduler:
             sequence = self.waiting.popleft()
             batch.append(Chunk(sequence, min(sequence.num_pending, budget)))
             budget -= batch[-1].num_tokens
+        self._refused = self.waiting[0] if self.waiting else None
         if self.max_drafts and only_decodes(batch):
             self._draft(batch)
         return batch
+
+    def schedule_ahead(self, batch: list[Chunk]) -> list[Chunk]:
+        """The step behind `batch`, whose tokens are not known yet: each sequence goes on, but for those that
+        end whatever they get. Empty if more must be known, or if somebody who waits might be admitted.
+
+        Whoever is finished by `batch` all the same, or removed, is to be left out of it again.
+        """
+        if self.max_drafts or len(batch) < len(self.running) or not only_decodes(batch):
+            return []
+        if self.waiting and self.waiting[0] is not self._refused:
+            return []
+        going_on = [chunk for chunk in batch if chunk.sequence.num_missing > 1]
+        tables = [chunk.sequence.block_table for chunk in going_on if self._is_full(chunk)]
+        if len(tables) > self.pool.num_unused:
+            return []
+        for table in tables:
+            table.append(self.pool.allocate())
+        return [chunk.following() for chunk in going_on]
 
     def postprocess(self, batch: list[Chunk]) -> None:
         """Takes in what a step has computed. Sequences that are finished by it leave."""
@@ -147,6 +174,10 @@ class Scheduler:
                 table += [self.pool.allocate() for _ in range(min(num_new, self.pool.num_unused))]
                 chunk.drafts = drafts[: len(table) * self.pool.block_size - chunk.end]
                 room -= len(chunk.drafts)
+
+    def _is_full(self, chunk: Chunk) -> bool:
+        """Whether there is no room behind a chunk."""
+        return chunk.end == len(chunk.sequence.block_table) * self.pool.block_size
 
     def _schedule_decodes(self) -> list[Chunk]:
         batch: list[Chunk] = []
@@ -244,6 +275,7 @@ class Scheduler:
         for block in reversed(sequence.block_table):
             self.pool.release(block)
         self._free_rows.append(sequence.row)
+        self._refused = None
         sequence.block_table = []
         sequence.num_computed = 0
         sequence.row = -1

@@ -130,10 +130,10 @@ def test_n_answers_share_the_prompt_which_is_computed_once(tiny_model: Path) -> 
             tables: list[list[int]] = []
             run_step = engine._runner.finish
 
-            def looking(batch: list[Chunk]) -> None:
+            def looking(batch: list[Chunk], *ahead: Any) -> None:
                 if len(batch) == 8:
                     tables[:] = [list(chunk.sequence.block_table) for chunk in batch]
-                run_step(batch)
+                run_step(batch, *ahead)
 
             engine._runner.finish = looking  # type: ignore[method-assign]
             with recorded(engine) as steps:
@@ -183,12 +183,12 @@ def test_who_waits_for_a_beginning_that_is_coming_takes_over_when_its_first_read
         async with running(tiny_model, max_batch_tokens=32, max_num_seqs=8) as engine:
             run_step, steps = engine._runner.finish, itertools.count(1)
 
-            def leaving(batch: list[Chunk]) -> None:
+            def leaving(batch: list[Chunk], *ahead: Any) -> None:
                 if next(steps) == 3:
                     left: Future[None] = Future()
                     engine._loop.call_soon_threadsafe(lambda: left.set_result(first.close()))
                     left.result()
-                run_step(batch)
+                run_step(batch, *ahead)
 
             engine._runner.finish = leaving  # type: ignore[method-assign]
             with held(engine):
@@ -489,7 +489,7 @@ def test_one_of_n_answers_that_fails_ends_them_all_and_nothing_is_left(tiny_mode
         async with running(tiny_model) as engine:
             sample = engine._runner._sampler.sample
 
-            def poisoned(logits: Any, sequences: Any) -> list[int | None]:
+            def poisoned(logits: Any, sequences: Any) -> Any:
                 for row, sequence in enumerate(sequences):
                     if sequence.params.seed == 13 and sequence.num_output_tokens == 5:
                         logits = logits.clone()

@@ -27,7 +27,7 @@ def test_graphs_give_the_tokens_of_transformers(
     runner = ModelRunner(loaded, num_blocks=60, max_num_seqs=12)
     runner.capture_graphs(12, 512)
     scheduler = run_together(
-        runner, sequences, num_blocks=60, max_batch_tokens=64, max_num_seqs=12, max_drafts=max_drafts
+        runner, sequences, num_blocks=60, max_batch_tokens=64, max_num_seqs=12, max_drafts=max_drafts, every=9
     )
     assert_same_tokens(model, sequences, expected)
     assert scheduler.pool.num_unused == 60

@@ -70,11 +70,11 @@ def recorded(engine: Engine, *, seconds: float = 0) -> Iterator[list[list[Chunk]
     steps: list[list[Chunk]] = []
     run_step = engine._runner.finish
 
-    def recording(batch: list[Chunk]) -> None:
+    def recording(batch: list[Chunk], *ahead: Any) -> None:
         steps.append(batch)
         if seconds:
             time.sleep(seconds)
-        run_step(batch)
+        run_step(batch, *ahead)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(engine._runner, "finish", recording)
@@ -193,10 +193,10 @@ def test_a_step_that_fails_fails_those_in_it_and_nobody_else(tiny_model: Path) -
             run_step = engine._runner.finish
             failures = iter([True])
 
-            def broken(batch: list[Chunk]) -> None:
+            def broken(batch: list[Chunk], *ahead: Any) -> None:
                 if next(failures, False):
                     raise RuntimeError("out of memory")
-                run_step(batch)
+                run_step(batch, *ahead)
 
             engine._runner.finish = broken  # type: ignore[method-assign]
             with pytest.raises(GenerationError):
@@ -214,7 +214,7 @@ def test_a_sequence_whose_logits_are_no_numbers_fails_alone(tiny_model: Path) ->
             expected = text(await ask(engine, "good"))
             sample = engine._runner._sampler.sample
 
-            def poisoned(logits: Any, sequences: Any) -> list[int | None]:
+            def poisoned(logits: Any, sequences: Any) -> Any:
                 for row, sequence in enumerate(sequences):
                     if sequence.params.seed == 13:
                         logits = logits.clone()
@@ -302,10 +302,12 @@ def test_no_mix_of_ends_leaks_a_block(tiny_model: Path) -> None:
         async with running(tiny_model, kv_cache_tokens=512, max_queue=40, max_num_seqs=16) as engine:
             sample = engine._runner._sampler.sample
 
-            def unreliable(logits: Any, sequences: Any) -> list[int | None]:
+            def unreliable(logits: Any, sequences: Any) -> Any:
                 if generator.random() < 0.02:
                     raise RuntimeError("this step")
-                return [None if generator.random() < 0.01 else token for token in sample(logits, sequences)]
+                logits = logits.clone()
+                logits[[generator.random() < 0.01 for _ in sequences]] = float("nan")
+                return sample(logits, sequences)
 
             engine._runner._sampler.sample = unreliable  # type: ignore[method-assign]
             await asyncio.gather(*(client(engine, n) for n in range(120)))

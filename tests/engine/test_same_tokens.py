@@ -1,5 +1,6 @@
 """Greedy answers equal those of transformers' generate, token for token, however the work is cut up."""
 
+import itertools
 import random
 from pathlib import Path
 
@@ -9,7 +10,7 @@ from transformers import LlamaForCausalLM, RepetitionPenaltyLogitsProcessor
 
 from engine.block_pool import BlockPool
 from engine.model_runner import ModelRunner, load_model
-from engine.scheduler import Scheduler
+from engine.scheduler import Chunk, Scheduler
 from engine.sequence import BLOCK_SIZE, SamplingParams, Sequence
 from tests.models import SHAPES, make_model
 
@@ -63,7 +64,9 @@ def run_together(
     max_batch_tokens: int,
     max_num_seqs: int = 24,
     max_drafts: int = 0,
+    every: int = 1,
 ) -> Scheduler:
+    """Some more arrive at each step, or `every` so many."""
     scheduler = Scheduler(
         BlockPool(num_blocks, BLOCK_SIZE),
         max_batch_tokens=max_batch_tokens,
@@ -71,13 +74,20 @@ def run_together(
         max_drafts=max_drafts,
         max_drafted_tokens=12,
     )
-    arrivals = list(reversed(sequences))
+    arrivals = list(sequences)
+    ahead: list[Chunk] = []
+    steps = itertools.count()
     while scheduler.has_work or arrivals:
-        for _ in range(4):
-            if arrivals:
-                scheduler.add(arrivals.pop())
-        batch = scheduler.schedule()
-        runner.run(batch)
+        if next(steps) % every == 0 or not scheduler.has_work:
+            for sequence in arrivals[:4]:
+                scheduler.add(sequence)
+            del arrivals[:4]
+        batch = [chunk for chunk in ahead if chunk.sequence.row >= 0]
+        if not batch:
+            batch = scheduler.schedule()
+            runner.launch(batch)
+        ahead = scheduler.schedule_ahead(batch) if runner.runs_ahead else []
+        runner.finish(batch, ahead)
         scheduler.postprocess(batch)
     return scheduler
 

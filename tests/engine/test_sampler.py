@@ -33,7 +33,7 @@ def make_sequence(params: SamplingParams, row: int = 0) -> Sequence:
 
 def sample(logits: torch.Tensor, params: list[SamplingParams]) -> list[int | None]:
     sequences = [make_sequence(p, row) for row, p in enumerate(params)]
-    return Sampler(len(params), logits.shape[1], torch.device("cpu")).sample(logits, sequences)
+    return Sampler(len(params), logits.shape[1], torch.device("cpu")).sample(logits, sequences).read()
 
 
 def reference_probs(logits: torch.Tensor, params: SamplingParams) -> torch.Tensor:
@@ -149,7 +149,7 @@ def test_the_penalties_follow_the_answer_as_it_grows() -> None:
     logits[0, 4], logits[0, 9] = 5.0, 4.0
     answer = []
     for _ in range(5):
-        token_id = sampler.sample(logits, [sequence])[0]
+        token_id = sampler.sample(logits, [sequence]).read()[0]
         sequence.append(token_id)
         answer.append(token_id)
     assert answer == [4, 9, 4, 9, 4]
@@ -160,8 +160,8 @@ def test_a_row_that_was_anothers_is_begun_anew() -> None:
     params = SamplingParams(temperature=0, repetition_penalty=2)
     logits = torch.zeros(1, VOCAB)
     logits[0, 4], logits[0, 9] = 5.0, 4.0
-    assert sampler.sample(logits, [Sequence([4], params, row=0)]) == [9]
-    assert sampler.sample(logits, [Sequence([0], params, row=0)]) == [4]
+    assert sampler.sample(logits, [Sequence([4], params, row=0)]).read() == [9]
+    assert sampler.sample(logits, [Sequence([0], params, row=0)]).read() == [4]
 
 
 @pytest.mark.parametrize(

@@ -85,6 +85,70 @@ def test_a_step_with_one_token_of_a_prompt_does_not_only_decode() -> None:
     assert not only_decodes(batch)
 
 
+def decoding(scheduler: Scheduler, *sequences: Sequence) -> list[Chunk]:
+    """A step in which all of them decode."""
+    for sequence in sequences:
+        scheduler.add(sequence)
+    while any(sequence.num_output_tokens == 0 for sequence in sequences):
+        step(scheduler)
+    return scheduler.schedule()
+
+
+def test_the_step_ahead_goes_on_with_those_that_do_not_end_whatever_they_get() -> None:
+    scheduler = make_scheduler()
+    first, last, full = make_sequence(4), make_sequence(5, 2, first=100), make_sequence(7, first=200)
+    batch = decoding(scheduler, first, last, full)
+    ahead = scheduler.schedule_ahead(batch)
+    assert [(chunk.sequence, chunk.positions) for chunk in ahead] == [
+        (first, range(5, 6)),
+        (full, range(8, 9)),
+    ]
+    assert only_decodes(ahead)
+    assert [len(sequence.block_table) for sequence in (first, last, full)] == [2, 2, 3]
+    compute(scheduler, batch)
+    assert [chunk.input_ids for chunk in ahead] == [[7], [7]]
+    compute(scheduler, ahead)
+    assert [sequence.num_output_tokens for sequence in (first, last, full)] == [3, 2, 3]
+
+
+def test_no_step_is_launched_ahead_where_more_than_its_tokens_is_open() -> None:
+    scheduler = make_scheduler(max_batch_tokens=8)
+    stream = make_sequence(4, max_tokens=100)
+    assert decoding(scheduler, stream)
+    scheduler.add(make_sequence(20))
+    assert scheduler.schedule_ahead([Chunk(stream, 1)]) == []  # who waits might be let in
+    assert scheduler.schedule_ahead(scheduler.schedule()) == []  # a prompt is being computed
+    scheduler = make_scheduler(max_batch_tokens=8, max_drafts=2)
+    assert scheduler.schedule_ahead(decoding(scheduler, make_sequence(4))) == []  # what to guess
+    scheduler = make_scheduler(num_blocks=5)
+    batch = decoding(scheduler, *(make_sequence(7, max_tokens=9, first=100 * n) for n in range(2)))
+    assert scheduler.pool.num_unused == 1
+    assert scheduler.schedule_ahead(batch) == []  # who is preempted
+    assert scheduler.pool.num_unused == 1
+
+
+def test_who_can_not_be_let_in_keeps_no_step_from_being_launched_ahead_until_somebody_leaves() -> None:
+    scheduler = make_scheduler(max_num_seqs=2)
+    running = [make_sequence(4, max_tokens=50, first=100 * n) for n in range(2)]
+    batch = decoding(scheduler, *running)
+    late, later = make_sequence(4), make_sequence(4)
+    scheduler.add(late)
+    assert scheduler.schedule_ahead(batch) == []
+    compute(scheduler, batch)
+    batch = scheduler.schedule()
+    scheduler.add(later)
+    for _ in range(5):
+        ahead = scheduler.schedule_ahead(batch)
+        assert len(ahead) == 2
+        compute(scheduler, batch)
+        batch = ahead
+    scheduler.remove(running[0])
+    batch = batch[1:]
+    assert scheduler.schedule_ahead(batch) == []
+    compute(scheduler, batch)
+    assert [chunk.sequence for chunk in scheduler.schedule()] == [running[1], late]
+
+
 def test_blocks_of_a_known_beginning_are_shared_but_the_last_token_is_computed() -> None:
     scheduler = make_scheduler()
     first = make_sequence(12, max_tokens=20)
@@ -158,13 +222,14 @@ def test_what_a_failed_sequence_left_in_the_cache_is_not_found() -> None:
 
 def test_any_mix_of_arrivals_aborts_and_failures_gives_all_blocks_and_rows_back() -> None:
     generator = random.Random(5)
-    num_drafts = num_right_drafts = 0
+    num_drafts = num_right_drafts = num_ahead = 0
     for _ in range(40):
         blocks = generator.randrange(12, 40)
         scheduler = make_scheduler(
             blocks, max_batch_tokens=generator.randrange(8, 40), max_drafts=generator.choice([0, 5])
         )
         alive: list[Sequence] = []
+        ahead: list[Chunk] = []
         for _ in range(200):
             if generator.random() < 0.3:
                 length = generator.randrange(1, 30)
@@ -176,10 +241,12 @@ def test_any_mix_of_arrivals_aborts_and_failures_gives_all_blocks_and_rows_back(
                 scheduler.add(alive[-1])
             if alive and generator.random() < 0.1:
                 scheduler.remove(alive.pop(generator.randrange(len(alive))))
-            batch = scheduler.schedule()
+            batch = [chunk for chunk in ahead if chunk.sequence.row >= 0] or scheduler.schedule()
             assert bool(batch) == scheduler.has_work
             assert len({id(chunk.sequence) for chunk in batch}) == len(batch)
             assert all(0 < chunk.num_tokens <= chunk.sequence.num_pending for chunk in batch)
+            ahead = scheduler.schedule_ahead(batch) if generator.random() < 0.8 else []
+            num_ahead += len(ahead)
             assert all(
                 chunk.positions.stop <= len(chunk.sequence.block_table) * BLOCK
                 and chunk.positions.stop
@@ -202,3 +269,4 @@ def test_any_mix_of_arrivals_aborts_and_failures_gives_all_blocks_and_rows_back(
         num_drafts += scheduler.num_drafts
         num_right_drafts += scheduler.num_right_drafts
     assert 0 < num_right_drafts < num_drafts
+    assert num_ahead

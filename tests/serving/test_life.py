@@ -274,13 +274,13 @@ def faulty_feed(self, token_id):
     if "detokenize" in self._stop:
         raise RuntimeError("the secret cause")
     return feed(self, token_id)
-def faulty_run(self, batch):
+def faulty_run(self, batch, *ahead):
     global lost
     sequences = [chunk.sequence for chunk in batch]
     lost = pathlib.Path(LOST).exists()
     if lost or any(one.params.seed == 13 and one.num_output_tokens == 6 for one in sequences):
         raise RuntimeError("the secret cause")
-    return run(self, batch)
+    return run(self, batch, *ahead)
 def check_device(self):
     if lost:
         raise RuntimeError("the secret cause")

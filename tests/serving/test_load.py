@@ -9,6 +9,7 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -143,9 +144,9 @@ def test_within_two_steps_nothing_is_left_of_500_clients_that_leave(tiny_model: 
         async with running(tiny_model, max_queue=500, max_num_seqs=32) as engine:
             run_step = engine._runner.finish
 
-            def recorded(batch: list[Chunk]) -> None:
+            def recorded(batch: list[Chunk], *ahead: Any) -> None:
                 steps.append({chunk.sequence for chunk in batch})
-                run_step(batch)
+                run_step(batch, *ahead)
 
             engine._runner.finish = recorded  # type: ignore[method-assign]
             async with asyncio.timeout(120):
