@@ -196,8 +196,8 @@ def make_runner(llama: Llama, args: argparse.Namespace) -> tuple[ModelRunner, in
 def measure_steps(
     runner: ModelRunner, num_blocks: int, batch_size: int, context: int, args: argparse.Namespace
 ) -> float | None:
-    """The median seconds of decode steps, from the tokens of one to those of the next, sampled as the tutorial
-    does. Steps are launched ahead where the engine does so. None if there are too few blocks."""
+    """The median seconds of decode steps, from the tokens of one to those of the next, sampled as the
+    tutorial does. Steps are launched ahead where the engine does so. None if there are too few blocks."""
     blocks_each = -(-(context + WARM_UP_STEPS + args.steps + 1) // BLOCK_SIZE)
     if batch_size * blocks_each > num_blocks:
         return None
