@@ -34,16 +34,19 @@ def decode_attention(
     _, block_size, _, num_kv_heads, _ = blocks.shape
     group = num_heads // num_kv_heads
     splits = splits or choose_splits(num_seqs * num_kv_heads, query.device)
-    parts = torch.empty(num_seqs, num_heads, splits, head_dim, dtype=torch.float32, device=query.device)
-    stats = torch.empty(num_seqs, num_heads, splits, 2, dtype=torch.float32, device=query.device)
     output = torch.empty(query.shape, dtype=query.dtype, device=query.device)
+    parts, stats = output, None
+    if splits > 1:
+        parts = torch.empty(num_seqs, num_heads, splits, head_dim, dtype=torch.float32, device=query.device)
+        stats = torch.empty(num_seqs, num_heads, splits, 2, dtype=torch.float32, device=query.device)
     _attend_to_part[(num_seqs, num_kv_heads, splits)](
         query, blocks, contexts.block_tables, contexts.lens, parts, stats,
         scaling, query.stride(0), contexts.block_tables.stride(0),
         KV_HEADS=num_kv_heads, GROUP=group, ROWS=max(_MIN_ROWS, triton.next_power_of_2(group)),
         HEAD_DIM=head_dim, BLOCK_SIZE=block_size, TOKENS=_TOKENS, SPLITS=splits,
     )  # fmt: skip
-    _join_parts[(num_seqs, num_heads)](parts, stats, output, HEAD_DIM=head_dim, SPLITS=splits)
+    if splits > 1:
+        _join_parts[(num_seqs, num_heads)](parts, stats, output, HEAD_DIM=head_dim, SPLITS=splits)
     return output
 
 
@@ -94,9 +97,13 @@ def _attend_to_part(
         attended += tl.dot(weight.to(value.dtype), value, input_precision="ieee")
         highest = new_highest
     part = head * SPLITS + split
-    tl.store(parts + part[:, None] * HEAD_DIM + channel[None, :], attended, mask=is_head[:, None])
-    tl.store(stats + part * 2, highest, mask=is_head)
-    tl.store(stats + part * 2 + 1, total, mask=is_head)
+    if SPLITS == 1:
+        attended /= total[:, None]
+    else:
+        tl.store(stats + part * 2, highest, mask=is_head)
+        tl.store(stats + part * 2 + 1, total, mask=is_head)
+    part_at = parts + part[:, None] * HEAD_DIM + channel[None, :]
+    tl.store(part_at, attended.to(parts.dtype.element_ty), mask=is_head[:, None])
 
 
 @triton.jit

@@ -56,10 +56,12 @@ def choose(
         [sequences], int64: token ids, -1 where the logits are not numbers.
     """
     num_seqs, vocab_size = logits.shape
+    weights = torch.empty_like(logits)
     token_ids = torch.empty(num_seqs, dtype=torch.long, device=logits.device)
     _choose[(num_seqs,)](
-        logits, temperature, top_k, top_p, min_p, uniform, token_ids, vocab_size, TOKENS=_TOKENS, num_warps=8
-    )
+        logits, temperature, top_k, top_p, min_p, uniform, weights, token_ids,
+        vocab_size, TOKENS=_TOKENS, num_warps=16,
+    )  # fmt: skip
     return token_ids
 
 
@@ -84,103 +86,121 @@ def _penalize(
 
 @triton.jit
 def _choose(
-    logits, temperature, top_k, top_p, min_p, uniform, token_ids, vocab_size, TOKENS: tl.constexpr
+    logits, temperature, top_k, top_p, min_p, uniform, weights, token_ids, vocab_size, TOKENS: tl.constexpr
 ):  # fmt: skip
     """One sequence. A token's weight is its probability over that of the likeliest."""
     seq = tl.program_id(0).to(tl.int64)
     logits += seq * vocab_size
+    weights += seq * vocab_size
     highest, chosen = _find_highest(logits, vocab_size, TOKENS)
     degree = tl.load(temperature + seq)
     if highest == float("inf") or highest == -float("inf"):
         chosen = tl.full([], -1, tl.int32)
     elif degree > 0:
+        _weigh(logits, weights, highest, degree, vocab_size, TOKENS)
         least = tl.load(min_p + seq)
         kept = tl.load(top_k + seq)
         of_top_k = tl.full([], 0.0, tl.float32)
         if kept < vocab_size:
-            of_top_k = _find_least(logits, highest, degree, of_top_k, kept, vocab_size, True, TOKENS)
+            of_top_k = _find_least(weights, of_top_k, kept, vocab_size, True, TOKENS)
         share = tl.load(top_p + seq)
         of_top_p = tl.full([], 0.0, tl.float32)
         if share < 1:
-            mass = share * _sum_weights(logits, highest, degree, of_top_k, vocab_size, TOKENS)
-            of_top_p = _find_least(logits, highest, degree, of_top_k, mass, vocab_size, False, TOKENS)
+            mass = share * _sum(weights, of_top_k, vocab_size, TOKENS)
+            of_top_p = _find_least(weights, of_top_k, mass, vocab_size, False, TOKENS)
         least = tl.maximum(least, tl.maximum(of_top_k, of_top_p))
-        mass = tl.load(uniform + seq) * _sum_weights(logits, highest, degree, least, vocab_size, TOKENS)
-        chosen = _find_mass(logits, highest, degree, least, mass, vocab_size, TOKENS)
+        mass = tl.load(uniform + seq) * _sum(weights, least, vocab_size, TOKENS)
+        chosen = _find_mass(weights, least, mass, vocab_size, TOKENS)
     tl.store(token_ids + seq, chosen.to(tl.int64))
 
 
 @triton.jit
 def _find_highest(logits, vocab_size, TOKENS: tl.constexpr):
     """The highest logit, infinite if one is not a number, and the first token that has it."""
-    highest = tl.full([], -float("inf"), tl.float32)
-    chosen = tl.full([], 0, tl.int32)
+    highest = tl.full([TOKENS], -float("inf"), tl.float32)
+    chosen = tl.zeros([TOKENS], tl.int32)
     for first in range(0, vocab_size, TOKENS):
         token = first + tl.arange(0, TOKENS)
         logit = tl.load(logits + token, mask=token < vocab_size, other=-float("inf"))
         logit = tl.where(logit != logit, float("inf"), logit)
-        highest_here = tl.max(logit, 0)
-        chosen_here = tl.min(tl.where(logit == highest_here, token, vocab_size), 0)
-        chosen = tl.where(highest_here > highest, chosen_here, chosen)
-        highest = tl.maximum(highest, highest_here)
-    return highest, chosen
+        chosen = tl.where(logit > highest, token, chosen)
+        highest = tl.maximum(highest, logit)
+    of_all = tl.max(highest, 0)
+    return of_all, tl.min(tl.where(highest == of_all, chosen, vocab_size), 0)
 
 
 @triton.jit
-def _weigh(logits, highest, degree, least, token, vocab_size):
-    """The weights of tokens, 0 for those that weigh less than `least`."""
-    logit = tl.load(logits + token, mask=token < vocab_size, other=-float("inf"))
-    weight = tl.exp((logit - highest) / degree)
+def _weigh(logits, weights, highest, degree, vocab_size, TOKENS: tl.constexpr):
+    for first in range(0, vocab_size, TOKENS):
+        token = first + tl.arange(0, TOKENS)
+        logit = tl.load(logits + token, mask=token < vocab_size, other=-float("inf"))
+        tl.store(weights + token, tl.exp((logit - highest) / degree), mask=token < vocab_size)
+    tl.debug_barrier()  # what one thread has written, another may read
+
+
+@triton.jit
+def _load(weights, first, least, vocab_size, TOKENS: tl.constexpr):
+    """Some tokens' weights, 0 for those that weigh less than `least`."""
+    token = first + tl.arange(0, TOKENS)
+    weight = tl.load(weights + token, mask=token < vocab_size, other=0.0)
     return tl.where(weight >= least, weight, 0.0)
 
 
 @triton.jit
-def _sum_weights(logits, highest, degree, least, vocab_size, TOKENS: tl.constexpr):
-    total = tl.full([], 0.0, tl.float32)
+def _sum(weights, least, vocab_size, TOKENS: tl.constexpr):
+    total = tl.zeros([TOKENS], tl.float32)
     for first in range(0, vocab_size, TOKENS):
-        token = first + tl.arange(0, TOKENS)
-        total += tl.sum(_weigh(logits, highest, degree, least, token, vocab_size), 0)
-    return total
+        total += _load(weights, first, least, vocab_size, TOKENS)
+    return tl.sum(total, 0)
 
 
 @triton.jit
-def _find_least(
-    logits, highest, degree, least, target, vocab_size, COUNT: tl.constexpr, TOKENS: tl.constexpr
-):  # fmt: skip
+def _find_least(weights, least, target, vocab_size, COUNT: tl.constexpr, TOKENS: tl.constexpr):
     """The highest weight at which the tokens of that weight or more, and of `least`, come to `target`: by
     their number, or by the sum of their weights.
 
-    It is found bit by bit: positive floats are in the same order as the integers of the same bits.
+    It is found two bits at a time: positive floats are in the same order as the integers of the same bits.
     """
     low = tl.full([], 0, tl.int32)
     high = tl.full([], 0x3F800001, tl.int32)  # just above 1, the weight of the likeliest
-    for _ in range(30):
-        middle = (low + high) // 2
-        threshold = tl.maximum(middle.to(tl.float32, bitcast=True), least)
-        reached = tl.full([], 0.0, tl.float32)
+    while high - low > 1:
+        quarter = tl.maximum(1, (high - low) // 4)
+        one = tl.maximum(least, (low + quarter).to(tl.float32, bitcast=True))
+        two = tl.maximum(least, (low + 2 * quarter).to(tl.float32, bitcast=True))
+        three = tl.maximum(least, (low + 3 * quarter).to(tl.float32, bitcast=True))
+        of_one = tl.zeros([TOKENS], tl.float32)
+        of_two = tl.zeros([TOKENS], tl.float32)
+        of_three = tl.zeros([TOKENS], tl.float32)
         for first in range(0, vocab_size, TOKENS):
             token = first + tl.arange(0, TOKENS)
-            weight = _weigh(logits, highest, degree, threshold, token, vocab_size)
-            if COUNT:
-                weight = ((weight >= threshold) & (token < vocab_size)).to(tl.float32)
-            reached += tl.sum(weight, 0)
-        low = tl.where(reached >= target, middle, low)
-        high = tl.where(reached >= target, high, middle)
+            weight = tl.load(weights + token, mask=token < vocab_size, other=0.0)
+            share = tl.full([TOKENS], 1.0, tl.float32) if COUNT else weight
+            of_one += tl.where(weight >= one, share, 0.0)
+            of_two += tl.where(weight >= two, share, 0.0)
+            of_three += tl.where(weight >= three, share, 0.0)
+        steps = (tl.sum(of_one, 0) >= target).to(tl.int32)
+        steps += (tl.sum(of_two, 0) >= target).to(tl.int32)
+        steps += (tl.sum(of_three, 0) >= target).to(tl.int32)
+        low = tl.minimum(low + steps * quarter, high - 1)
+        if steps < 3:
+            high = low + quarter
     return low.to(tl.float32, bitcast=True)
 
 
 @triton.jit
-def _find_mass(logits, highest, degree, least, mass, vocab_size, TOKENS: tl.constexpr):
+def _find_mass(weights, least, mass, vocab_size, TOKENS: tl.constexpr):
     """The first token with which the weights, in the order of the vocabulary, come to `mass`."""
     before = tl.full([], 0.0, tl.float32)
-    chosen = tl.full([], vocab_size, tl.int32)
-    last = tl.full([], 0, tl.int32)
+    first_of = tl.full([], 0, tl.int32)
+    before_of = tl.full([], 0.0, tl.float32)
     for first in range(0, vocab_size, TOKENS):
-        token = first + tl.arange(0, TOKENS)
-        weight = _weigh(logits, highest, degree, least, token, vocab_size)
-        is_there = (before + tl.cumsum(weight, 0) >= mass) & (weight > 0)
-        chosen = tl.minimum(chosen, tl.min(tl.where(is_there, token, vocab_size), 0))
-        last = tl.maximum(last, tl.max(tl.where(weight > 0, token, 0), 0))
-        before += tl.sum(weight, 0)
+        here = tl.sum(_load(weights, first, least, vocab_size, TOKENS), 0)
+        if before < mass and here > 0:
+            first_of, before_of = first, before
+        before += here
+    token = first_of + tl.arange(0, TOKENS)
+    weight = _load(weights, first_of, least, vocab_size, TOKENS)
+    is_there = (before_of + tl.cumsum(weight, 0) >= mass) & (weight > 0)
+    chosen = tl.min(tl.where(is_there, token, vocab_size), 0)
     # Summed in another order, the weights may come to a little less than their sum.
-    return tl.where(chosen < vocab_size, chosen, last)
+    return tl.where(chosen < vocab_size, chosen, tl.max(tl.where(weight > 0, token, 0), 0))
