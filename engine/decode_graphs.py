@@ -1,6 +1,7 @@
 """Decode steps on CUDA as graphs: one launch for the forward pass, instead of hundreds from Python."""
 
 import logging
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -14,6 +15,9 @@ from engine.scheduler import Chunk, only_decodes
 from engine.sequence import BLOCK_SIZE
 
 log = logging.getLogger("llama.engine")
+
+_REPLAYS = 20
+"""Of a step that is timed."""
 
 
 class DecodeInputs:
@@ -64,13 +68,18 @@ class DecodeInputs:
             ids = self._inputs[0, : len(batch)]
             ids.copy_(drawn.token_ids[ids].clamp(min=0))  # where none was drawn, what is computed is dropped
 
-    def forward(self, model: Llama, size: int) -> Tensor:
-        """The logits that follow each of the first `size` tokens: [size, vocab_size], float32."""
+    def forward(self, model: Llama, size: int, *, alone: bool = False) -> Tensor:
+        """The logits that follow each of the first `size` tokens: [size, vocab_size], float32.
+
+        Args:
+            alone: as in Llama.forward.
+        """
         token_ids, positions, rows = self._inputs[:, :size]
         blocks = self._block_tables[rows, positions // BLOCK_SIZE]
         slots = blocks * BLOCK_SIZE + positions % BLOCK_SIZE
         contexts = Contexts(slice(0, size), self._block_tables[rows], (positions + 1).int())
-        logits: Tensor = model(token_ids, positions, AttentionBatch(self._kv_cache, slots, [contexts], []))
+        batch = AttentionBatch(self._kv_cache, slots, [contexts], [])
+        logits: Tensor = model(token_ids, positions, batch, alone=alone)
         return logits
 
     def _write_new_blocks(self, batch: list[Chunk]) -> None:
@@ -111,10 +120,19 @@ class DecodeGraphs:
 
     def _capture(self, size: int) -> Callable[[], Tensor]:
         """Records the forward pass of so many tokens. Returns what repeats it, and gives its logits."""
-        self._inputs.forward(self._model, size)
+        if size > 1:
+            return self._record(size)
+        # Which kernels read the weights faster depends on the GPU and on the matrices' sizes.
+        plain, alone = (self._record(size, alone=alone) for alone in (False, True))
+        times = _milliseconds(plain), _milliseconds(alone)
+        log.info("a decode step of one token takes %.2f ms, with kernels of its own %.2f ms", *times)
+        return plain if times[0] <= times[1] else alone
+
+    def _record(self, size: int, *, alone: bool = False) -> Callable[[], Tensor]:
+        self._inputs.forward(self._model, size, alone=alone)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self._pool):
-            logits = self._inputs.forward(self._model, size)
+            logits = self._inputs.forward(self._model, size, alone=alone)
         self._pool = graph.pool()
 
         def replay() -> Tensor:
@@ -136,6 +154,17 @@ class DecodeGraphs:
             return None
         self._inputs.fill(batch, size, drawn)
         return self._replay[size]()[:num_tokens]
+
+
+def _milliseconds(replay: Callable[[], Tensor]) -> float:
+    """What a step takes on the GPU."""
+    replay()
+    torch.cuda.synchronize()
+    started = time.perf_counter()
+    for _ in range(_REPLAYS):
+        replay()
+    torch.cuda.synchronize()
+    return (time.perf_counter() - started) / _REPLAYS * 1000
 
 
 def padded_sizes(max_num_seqs: int) -> list[int]:

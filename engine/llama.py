@@ -14,7 +14,7 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from engine.attention import AttentionBatch, attend
 from engine.int8_linear import Int8Linear
-from engine.ops import add_norm, rotate_and_store, silu_mul
+from engine.ops import linear, norm_linear, rotate_and_store, silu_linear
 from engine.packed_linear import PackedLinear, can_pack
 
 
@@ -54,13 +54,20 @@ class Llama(nn.Module):
         self.norm: Any = model.model.norm.to(self.device, self.dtype)
 
     def forward(
-        self, token_ids: Tensor, positions: Tensor, batch: AttentionBatch, kept: Tensor | None = None
+        self,
+        token_ids: Tensor,
+        positions: Tensor,
+        batch: AttentionBatch,
+        kept: Tensor | None = None,
+        *,
+        alone: bool = False,
     ) -> Tensor:
         """Stores the keys and values of a step's tokens, and computes the logits that follow some of them.
 
         Args:
             token_ids, positions: [tokens].
             kept: [rows], which of the tokens those are; None: all.
+            alone: for one token on CUDA, whether by the kernels of `engine.vector_kernels`.
 
         Returns:
             [rows, vocab_size], float32.
@@ -70,10 +77,10 @@ class Llama(nn.Module):
         cos, sin = (embedding[0] for embedding in self.rotary(delta, positions.unsqueeze(0)))
         sin[:, : sin.shape[1] // 2].neg_()
         for layer, cache in zip(self.layers, batch.kv_cache, strict=True):
-            delta = layer(residual, delta, cos, sin, batch, cache)
+            residual, delta = layer(residual, delta, cos, sin, batch, cache, alone=alone)
         if kept is not None:
             residual, delta = residual[kept], delta[kept]
-        logits: Tensor = self.head(add_norm(residual, delta, self.norm))
+        _, logits = norm_linear(residual, delta, self.norm, self.head, alone=alone)
         return logits.float()
 
 
@@ -93,23 +100,34 @@ class Layer(nn.Module):
         self.down = join(mlp.down_proj, int8=int8)
 
     def forward(
-        self, residual: Tensor, delta: Tensor, cos: Tensor, sin: Tensor, batch: AttentionBatch, cache: Tensor
-    ) -> Tensor:
+        self,
+        residual: Tensor,
+        delta: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        batch: AttentionBatch,
+        cache: Tensor,
+        *,
+        alone: bool,
+    ) -> tuple[Tensor, Tensor]:
         """
         Args:
-            residual: [tokens, hidden_size], the residual stream, to which `delta` is added in place.
+            residual: [tokens, hidden_size], the residual stream; it may be changed.
             delta: [tokens, hidden_size], what the layer before has computed.
             cos, sin: as in rotate_and_store.
             cache: this layer's, as in AttentionBatch.
+            alone: as in Llama.forward.
 
         Returns:
-            [tokens, hidden_size], what is to be added next.
+            The residual stream, and what is to be added to it next.
         """
-        heads = self.qkv(add_norm(residual, delta, self.attention_norm)).view(len(delta), -1, self._head_dim)
+        residual, heads = norm_linear(residual, delta, self.attention_norm, self.qkv, alone=alone)
+        heads = heads.view(len(delta), -1, self._head_dim)
         queries = rotate_and_store(heads, cos, sin, batch.slots, cache)
-        delta = self.output(attend(queries, cache, batch, self._scaling).flatten(1))
-        gated = silu_mul(self.gate_up(add_norm(residual, delta, self.mlp_norm)))
-        return self.down(gated)  # type: ignore[no-any-return]
+        attended = attend(queries, cache, batch, self._scaling).flatten(1)
+        delta = linear(attended, self.output, alone=alone)
+        residual, gate_up = norm_linear(residual, delta, self.mlp_norm, self.gate_up, alone=alone)
+        return residual, silu_linear(gate_up, self.down, alone=alone)
 
 
 def join(*layers: nn.Linear, int8: bool) -> nn.Module:

@@ -1,11 +1,49 @@
-"""What lies between the matrices of a layer: in plain PyTorch, and on CUDA as one kernel each."""
+"""What lies between the matrices of a layer: in plain PyTorch, and on CUDA as one kernel each.
+
+Where a step is of one token, and `alone` says so, that can be a part of the matrix's own kernel instead.
+"""
 
 import functools
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
+
+
+def norm_linear(
+    residual: Tensor, delta: Tensor, norm: LlamaRMSNorm, matrix: nn.Module, *, alone: bool
+) -> tuple[Tensor, Tensor]:
+    """The product of a linear layer with what `add_norm` gives.
+
+    Returns:
+        The residual stream with `delta` added, maybe in place, and [tokens, out_features].
+    """
+    if alone:
+        from engine import vector_kernels  # Triton comes with torch for CUDA only
+
+        return vector_kernels.norm_linear(residual, delta, norm.weight, norm.variance_epsilon, matrix)
+    return residual, matrix(add_norm(residual, delta, norm))
+
+
+def linear(x: Tensor, matrix: nn.Module, *, alone: bool) -> Tensor:
+    """[tokens, in_features] -> [tokens, out_features]"""
+    if alone:
+        from engine import vector_kernels
+
+        return vector_kernels.linear(x, matrix)
+    y: Tensor = matrix(x)
+    return y
+
+
+def silu_linear(gate_up: Tensor, matrix: nn.Module, *, alone: bool) -> Tensor:
+    """[tokens, 2 * in_features] -> [tokens, out_features]: the product of a linear layer with `silu_mul`."""
+    if alone:
+        from engine import vector_kernels
+
+        return vector_kernels.silu_linear(gate_up, matrix)
+    y: Tensor = matrix(silu_mul(gate_up))
+    return y
 
 
 def add_norm(residual: Tensor, delta: Tensor, norm: LlamaRMSNorm) -> Tensor:
@@ -18,7 +56,7 @@ def add_norm(residual: Tensor, delta: Tensor, norm: LlamaRMSNorm) -> Tensor:
         [tokens, hidden_size]
     """
     if residual.is_cuda:
-        from engine import layer_kernels  # Triton comes with torch for CUDA only
+        from engine import layer_kernels
 
         return layer_kernels.add_norm(residual, delta, norm.weight, norm.variance_epsilon)
     # In half the time of F.rms_norm at the few rows of a decode step.

@@ -1,19 +1,26 @@
 """The Triton kernels equal the plain functions: on a GPU compiled, elsewhere in Triton's interpreter."""
 
 import random
+from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 pytest.importorskip("triton", reason="needs Triton, which comes with torch for CUDA")
 
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
-from engine import layer_kernels, ops
+from engine import layer_kernels, ops, vector_kernels
 from engine.attention import Contexts, plain_decode_attention
 from engine.decode_attention import decode_attention
-from engine.sequence import BLOCK_SIZE
+from engine.decode_graphs import DecodeInputs
+from engine.int8_linear import Int8Linear
+from engine.model_runner import load_model
+from engine.packed_linear import PackedLinear
+from engine.scheduler import Chunk
+from engine.sequence import BLOCK_SIZE, SamplingParams, Sequence
+from tests.models import SHAPES, make_model
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -67,6 +74,72 @@ def test_rotate_and_store(dtype: torch.dtype, tokens: int, heads: int, kv_heads:
 def test_silu_mul(dtype: torch.dtype, tokens: int, size: int) -> None:
     gate_up = random_tensor(tokens, 2 * size, dtype=dtype)
     assert_close(layer_kernels.silu_mul(gate_up).cpu(), ops.silu_mul(gate_up.cpu()), dtype)
+
+
+@pytest.fixture(params=["float32", "bfloat16", "int8", "with a bias"])
+def matrix(request: pytest.FixtureRequest) -> nn.Linear | Int8Linear:
+    """[1100] -> [70]"""
+    dtype = torch.float32 if request.param == "float32" else torch.bfloat16
+    bias = random_tensor(70, dtype=dtype) if request.param == "with a bias" else None
+    weight = random_tensor(70, 1100, dtype=dtype)
+    if request.param == "int8":
+        return Int8Linear(weight, bias)
+    linear = nn.Linear(1100, 70, bias=bias is not None)
+    linear.weight, linear.bias = nn.Parameter(weight), nn.Parameter(bias) if bias is not None else bias
+    return linear
+
+
+def product(matrix: nn.Linear | Int8Linear, x: Tensor) -> Tensor:
+    """What it should give, in float64."""
+    weight = matrix.weight.double()
+    if isinstance(matrix, Int8Linear):
+        weight *= matrix.scale.double().unsqueeze(1)
+    return x.double() @ weight.T + (0 if matrix.bias is None else matrix.bias.double())
+
+
+def dtype_of(matrix: nn.Linear | Int8Linear) -> torch.dtype:
+    return torch.bfloat16 if isinstance(matrix, Int8Linear) else matrix.weight.dtype
+
+
+@torch.inference_mode()
+def test_a_vectors_products(matrix: nn.Linear | Int8Linear) -> None:
+    dtype = dtype_of(matrix)
+    x, delta = random_tensor(1, 1100, dtype=dtype), random_tensor(1, 1100, dtype=dtype) * 2
+    assert_close(vector_kernels.linear(x, matrix), product(matrix, x), dtype)
+
+    norm = LlamaRMSNorm(1100, eps=1e-5).to(DEVICE, dtype)
+    norm.weight.data += random_tensor(1100, dtype=dtype)
+    before = x.clone()
+    total, output = vector_kernels.norm_linear(x, delta, norm.weight, norm.variance_epsilon, matrix)
+    assert torch.equal(x, before)
+    assert_close(total, x + delta, dtype)
+    assert_close(output, product(matrix, norm.double()((x + delta).double())), dtype)
+
+    gate_up = random_tensor(1, 2200, dtype=dtype)
+    expected = product(matrix, ops.silu_mul(gate_up.cpu()).to(DEVICE))
+    assert_close(vector_kernels.silu_linear(gate_up, matrix), expected, dtype)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@torch.inference_mode()
+def test_a_token_alone_has_the_logits_it_has_among_others(shape: str, tmp_path: Path) -> None:
+    dtype = torch.float32
+    model = load_model(make_model(tmp_path, shape), torch.device(DEVICE), dtype)
+    for layer in model.modules():
+        if isinstance(layer, PackedLinear):  # on the CPU: the kernels read plain matrices
+            layer.weight = layer.weight.to_dense()
+    config = model.config
+    shape_of_cache = (3, BLOCK_SIZE, 2, config.num_key_value_heads, config.head_dim)
+    caches = [random_tensor(*shape_of_cache, dtype=dtype) for _ in range(config.num_hidden_layers)]
+    inputs = DecodeInputs(caches, max_num_seqs=1, max_blocks=2)
+    sequence = Sequence(list(range(20)), SamplingParams(), num_computed=19, block_table=[1, 0], row=0)
+    inputs.fill([Chunk(sequence, 1)], 1)
+    plain = inputs.forward(model, 1)
+    stored = [cache.clone() for cache in caches]
+    alone = inputs.forward(model, 1, alone=True)
+    assert_close(alone, plain, dtype)
+    for cache, expected in zip(caches, stored, strict=True):
+        assert_close(cache, expected, dtype)
 
 
 @TYPES
