@@ -46,7 +46,10 @@ class Llama(nn.Module):
         self.dtype = dtype or model.dtype
         self.head = join(model.lm_head, int8=int8).to(self.device, self.dtype)
         self.embedding: Any = model.model.embed_tokens.to(self.device, self.dtype)
-        self.rotary: Any = model.model.rotary_emb.to(self.device)  # its frequencies stay float32
+        self.cos: Tensor
+        self.sin: Tensor
+        for name, table in zip(("cos", "sin"), rotary_tables(model), strict=True):
+            self.register_buffer(name, table.to(self.device, self.dtype), persistent=False)
         self.layers = nn.ModuleList()
         while model.model.layers:
             layer = Layer(model.model.layers.pop(0), int8=int8)
@@ -74,14 +77,21 @@ class Llama(nn.Module):
         """
         delta = self.embedding(token_ids)
         residual = torch.zeros_like(delta)
-        cos, sin = (embedding[0] for embedding in self.rotary(delta, positions.unsqueeze(0)))
-        sin[:, : sin.shape[1] // 2].neg_()
+        cos, sin = self.cos[positions], self.sin[positions]
         for layer, cache in zip(self.layers, batch.kv_cache, strict=True):
             residual, delta = layer(residual, delta, cos, sin, batch, cache, alone=alone)
         if kept is not None:
             residual, delta = residual[kept], delta[kept]
         _, logits = norm_linear(residual, delta, self.norm, self.head, alone=alone)
         return logits.float()
+
+
+def rotary_tables(model: LlamaForCausalLM) -> tuple[Tensor, Tensor]:
+    """`cos` and `sin` as `rotate_and_store` wants them, of each position: [positions, head_dim], float32."""
+    positions = torch.arange(model.config.max_position_embeddings, device=model.device)
+    cos, sin = (table[0] for table in model.model.rotary_emb(positions.float(), positions.unsqueeze(0)))
+    sin[:, : sin.shape[1] // 2].neg_()
+    return cos, sin
 
 
 class Layer(nn.Module):
