@@ -123,7 +123,7 @@ def _stream_events(
 def _post(body: dict[str, Any], url: str, api_key: str | None, timeout: float) -> Iterator[requests.Response]:
     """The response to `body`, open for reading. Every failure of HTTP becomes a CompletionError."""
     api_key = api_key or os.environ.get("LLAMA_API_KEY")
-    headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
+    headers = {"Authorization": f"Bearer {api_key}".encode()} if api_key else {}
     try:
         with requests.Session() as session:
             session.trust_env = not _is_local(url)  # http_proxy is for the internet
@@ -203,6 +203,8 @@ def chat(history: list[Message], url: str, api_key: str | None) -> None:
             print("[stopped]")
         except CompletionError as error:
             print(f"error: {error}", file=sys.stderr)
+            if error.status == 400 and history and history[-1]["role"] == "assistant":
+                print("(the dialog has become too long: Ctrl-D ends it)", file=sys.stderr)
             continue
         if answer := "".join(pieces):
             history += [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]

@@ -13,8 +13,8 @@ from tokenizers import Tokenizer
 
 Role = Literal["system", "user", "assistant"]
 
-_LONG_TEXT = 4_096
-"""Characters from which on it matters that others can run meanwhile."""
+LONG_TEXT = 4_096
+"""Characters from which on tokenizing takes milliseconds: it is done where others can run meanwhile."""
 
 
 class Message(TypedDict):
@@ -71,7 +71,7 @@ class ChatFormat:
 
     def encode(self, text: str) -> list[int]:
         """Token ids of `text`, in which control tokens are only text."""
-        if len(text) < _LONG_TEXT:
+        if len(text) < LONG_TEXT:
             encoding = self.tokenizer.encode(text, add_special_tokens=False)
         else:  # of tokenizers' methods, only those for batches release Python's global lock
             [encoding] = self.tokenizer.encode_batch_fast([text], add_special_tokens=False)

@@ -17,7 +17,7 @@ import torch
 
 from engine import weights
 from engine.block_pool import BlockPool
-from engine.chat_format import ChatFormat, Message
+from engine.chat_format import LONG_TEXT, ChatFormat, Message
 from engine.detokenizer import Detokenizer, TokenBytes
 from engine.generation import (
     Choice,
@@ -45,9 +45,6 @@ from engine.sequence import BLOCK_SIZE, SamplingParams, Sequence
 log = logging.getLogger("llama.engine")
 
 T = TypeVar("T")
-
-_LONG_TEXT = 4_096
-"""Characters from which on a prompt is tokenized off the event loop: it takes milliseconds."""
 
 _RATE_OVER = 1024
 """Answers over which the rate is taken at which they end: many more than can end at once."""
@@ -233,7 +230,7 @@ class Engine:
         ]
 
     async def _encode(self, encode: Callable[[], T], texts: list[str]) -> T:
-        is_long = sum(map(len, texts)) >= _LONG_TEXT
+        is_long = sum(map(len, texts)) >= LONG_TEXT
         return await asyncio.to_thread(encode) if is_long else encode()
 
     def _submit(

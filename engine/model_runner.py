@@ -90,9 +90,10 @@ class ModelRunner:
             for _ in range(config.num_hidden_layers)
         ]
         self._graphs: DecodeGraphs | None = None
-        self._rows: dict[Chunk, int] = {}
         self._logits: Tensor | None = None
-        """Of the step that was launched, and which of them follow each of its chunks; None: not begun yet."""
+        """Of the step that was launched; None: its forward pass is still to come."""
+        self._rows: dict[Chunk, int] = {}
+        """Which of them follow each of its chunks: the first."""
 
     @torch.inference_mode()
     def capture_graphs(self, max_num_seqs: int, max_model_len: int) -> None:

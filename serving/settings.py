@@ -65,7 +65,7 @@ class Settings(BaseSettings):
     cors_origin: str = ""
     """web pages that may use the server, as https://example.com, separated by commas; * is any"""
     max_num_seqs: int = Field(256, ge=1, le=4096)
-    """most requests that run at once"""
+    """most requests that run at once; no more than max_batch_tokens, as each takes a token of it"""
     max_batch_tokens: int = Field(0, ge=0)
     """most tokens computed in a step; 0: 2048 on a GPU, 64 on the CPU"""
     kv_cache_tokens: int = Field(0, ge=0)

@@ -273,11 +273,13 @@ def test_key_from_argument_or_environment(monkeypatch: pytest.MonkeyPatch) -> No
         connection.sendall(JSON + b'{"response": ""}')
 
     monkeypatch.setenv("LLAMA_API_KEY", "from-environment")
-    with scripted_server(script, script) as url:
+    with scripted_server(script, script, script) as url:
         get_completion("hi", url=url)
         get_completion("hi", url=url, api_key="from-argument")
+        get_completion("hi", url=url, api_key="密钥")
     assert b"Authorization: Bearer from-environment\r\n" in requests[0]
     assert b"Authorization: Bearer from-argument\r\n" in requests[1]
+    assert "Authorization: Bearer 密钥\r\n".encode() in requests[2]
 
 
 def test_a_proxy_of_the_environment_is_not_asked_for_a_local_address(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -320,6 +322,18 @@ def test_chat_sends_the_earlier_turns_but_not_those_that_failed() -> None:
         {"role": "system", "content": "Be brief."},
         {"role": "user", "content": "one"},
         {"role": "assistant", "content": "你好！"},
+    ]
+
+
+def test_chat_says_what_to_do_when_the_dialog_has_become_too_long() -> None:
+    refusal = b'HTTP/1.1 400 Bad Request\r\n\r\n{"error": {"message": "the prompt has 2049 tokens"}}'
+    good = EVENTS + event("hi") + LAST_EVENT + DONE
+    with scripted_server(sends(refusal), sends(good), sends(refusal)) as url:
+        result = run_client("--url", url, stdin="too long itself\none\ntwo\n")
+    assert result.stderr.splitlines() == [
+        "error: the prompt has 2049 tokens",
+        "error: the prompt has 2049 tokens",
+        "(the dialog has become too long: Ctrl-D ends it)",
     ]
 
 
