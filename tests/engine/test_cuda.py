@@ -1,17 +1,21 @@
-"""CUDA graphs give the tokens of transformers: run where there is a GPU."""
+"""What runs on CUDA gives the tokens of transformers: on a GPU, or else in Triton's interpreter."""
 
+import json
+import subprocess
+import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 import torch
 
 from engine.model_runner import ModelRunner, load_model
+from tests.conftest import ROOT
 from tests.engine.test_same_tokens import assert_same_tokens, generate, random_sequences, run_together
 from tests.models import SHAPES, make_model, quantized_copy
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 
-
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 @pytest.mark.parametrize("max_drafts", [0, 4])
 @pytest.mark.parametrize("int8", [False, True])
 @pytest.mark.parametrize("shape", SHAPES)
@@ -32,3 +36,25 @@ def test_graphs_give_the_tokens_of_transformers(
     assert_same_tokens(model, sequences, expected)
     assert scheduler.pool.num_unused == 60
     assert bool(scheduler.num_right_drafts) == bool(max_drafts)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+@pytest.mark.parametrize(("shape", "quantization"), [("mqa-tied", "none"), ("gqa-2", "int8")])
+def test_the_interpreter_gives_the_tokens_of_transformers(
+    shape: str, quantization: str, tmp_path: Path
+) -> None:
+    pytest.importorskip("triton", reason="needs Triton, which comes with torch for CUDA")
+    model = make_model(tmp_path / "model", shape)
+    if quantization == "int8":
+        model = quantized_copy(model, tmp_path / "quantized")
+    sequences = random_sequences(7, seed=5, prompt=range(2, 40), answer=range(1, 20), penalties=[1.0, 1.1])
+    expected = generate(model, [list(s.token_ids) for s in sequences], [s.params for s in sequences])
+    result = subprocess.run(
+        [sys.executable, "-m", "tests.engine.interpreted", str(model), quantization],
+        input=json.dumps([(s.token_ids, asdict(s.params)) for s in sequences]),
+        cwd=ROOT, capture_output=True, text=True, timeout=300, check=False,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    for sequence, token_ids in zip(sequences, json.loads(result.stdout), strict=True):
+        sequence.token_ids = token_ids
+    assert_same_tokens(model, sequences, expected)
