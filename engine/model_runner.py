@@ -14,7 +14,7 @@ from transformers import LlamaForCausalLM
 from engine.attention import AttentionBatch, Contexts, Span, causal_mask
 from engine.decode_graphs import DecodeGraphs, DecodeInputs
 from engine.llama import Llama
-from engine.sampler import Sampler
+from engine.sampler import Sampler, on_device
 from engine.scheduler import Chunk
 from engine.sequence import BLOCK_SIZE, SamplingParams, Sequence
 
@@ -149,7 +149,8 @@ class ModelRunner:
         while rows:
             sequences = [chunk.sequence for chunk in rows]
             all_rows = len(rows) == len(logits)
-            drawn = self._sampler.sample(logits if all_rows else logits[list(rows.values())], sequences)
+            drawn_from = logits if all_rows else logits[self._tensor(list(rows.values()))]
+            drawn = self._sampler.sample(drawn_from, sequences)
             if ahead and self._graphs is not None:
                 self._rows, self._logits = _first_rows(ahead), self._graphs.run(ahead, drawn)
             for sequence, token_id in zip(sequences, drawn.read(), strict=True):
@@ -221,7 +222,7 @@ class ModelRunner:
         )
 
     def _tensor(self, values: list[int]) -> Tensor:
-        return torch.tensor(values, dtype=torch.long, device=self._device)
+        return on_device(values, self._device)
 
 
 def _first_rows(batch: list[Chunk]) -> dict[Chunk, int]:
