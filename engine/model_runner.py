@@ -205,11 +205,12 @@ class ModelRunner:
     def _contexts(self, chunks: list[Chunk], start: int) -> Contexts:
         """Of chunks of one token, whose rows begin at `start`."""
         sequences = [chunk.sequence for chunk in chunks]
-        return Contexts(
-            slice(start, start + len(chunks)),
-            pad_sequence([self._tensor(sequence.block_table) for sequence in sequences], batch_first=True),
-            self._tensor([sequence.num_computed + 1 for sequence in sequences]),
+        tables = pad_sequence(
+            [self._tensor(sequence.block_table) for sequence in sequences], batch_first=True
         )
+        lens = self._tensor([sequence.num_computed + 1 for sequence in sequences])
+        # As graphs have them: for another type, CUDA's kernels would be compiled anew when it first comes.
+        return Contexts(slice(start, start + len(chunks)), tables.int(), lens.int())
 
     def _span(self, chunk: Chunk, start: int) -> Span:
         """Of a chunk of several tokens, whose rows begin at `start`."""
