@@ -10,7 +10,7 @@ from torch import Tensor
 
 from engine.attention import AttentionBatch, Contexts
 from engine.llama import Llama
-from engine.sampler import Drawn
+from engine.sampler import Drawn, on_device
 from engine.scheduler import Chunk, only_decodes
 from engine.sequence import BLOCK_SIZE
 
@@ -63,7 +63,7 @@ class DecodeInputs:
         rows = [chunk.sequence.row for chunk in batch for _ in chunk.positions]
         rest = size - len(rows)
         inputs = [token_ids + [0] * rest, positions + [0] * rest, rows + [self._idle_row] * rest]
-        self._inputs[:, :size].copy_(self._on_device(inputs))
+        self._inputs[:, :size].copy_(on_device(inputs, self._inputs.device))
         if drawn is not None:
             ids = self._inputs[0, : len(batch)]
             ids.copy_(drawn.token_ids[ids].clamp(min=0))  # where none was drawn, what is computed is dropped
@@ -93,12 +93,8 @@ class DecodeInputs:
                 new += [(row, index, table[index]) for index in range(count, len(table))]
                 self._written[row] = table, len(table)
         if new:
-            rows, indices, blocks = self._on_device(new).T
+            rows, indices, blocks = on_device(new, self._inputs.device).T
             self._block_tables[rows, indices] = blocks.int()
-
-    def _on_device(self, values: list[Any]) -> Tensor:
-        tensor = torch.tensor(values, pin_memory=self._inputs.is_cuda)
-        return tensor.to(self._inputs.device, non_blocking=True)
 
 
 class DecodeGraphs:

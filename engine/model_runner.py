@@ -14,7 +14,7 @@ from transformers import LlamaForCausalLM
 from engine.attention import AttentionBatch, Contexts, Span, causal_mask
 from engine.decode_graphs import DecodeGraphs, DecodeInputs
 from engine.llama import Llama
-from engine.sampler import Sampler
+from engine.sampler import Sampler, on_device
 from engine.scheduler import Chunk
 from engine.sequence import BLOCK_SIZE, SamplingParams, Sequence
 
@@ -150,7 +150,8 @@ class ModelRunner:
         while rows:
             sequences = [chunk.sequence for chunk in rows]
             all_rows = len(rows) == len(logits)
-            drawn = self._sampler.sample(logits if all_rows else logits[list(rows.values())], sequences)
+            drawn_from = logits if all_rows else logits[self._tensor(list(rows.values()))]
+            drawn = self._sampler.sample(drawn_from, sequences)
             if ahead and self._graphs is not None:
                 self._rows, self._logits = _first_rows(ahead), self._graphs.run(ahead, drawn)
             for sequence, token_id in zip(sequences, drawn.read(), strict=True):
@@ -205,11 +206,12 @@ class ModelRunner:
     def _contexts(self, chunks: list[Chunk], start: int) -> Contexts:
         """Of chunks of one token, whose rows begin at `start`."""
         sequences = [chunk.sequence for chunk in chunks]
-        return Contexts(
-            slice(start, start + len(chunks)),
-            pad_sequence([self._tensor(sequence.block_table) for sequence in sequences], batch_first=True),
-            self._tensor([sequence.num_computed + 1 for sequence in sequences]),
+        tables = pad_sequence(
+            [self._tensor(sequence.block_table) for sequence in sequences], batch_first=True
         )
+        lens = self._tensor([sequence.num_computed + 1 for sequence in sequences])
+        # As graphs have them: for another type, CUDA's kernels would be compiled anew when it first comes.
+        return Contexts(slice(start, start + len(chunks)), tables.int(), lens.int())
 
     def _span(self, chunk: Chunk, start: int) -> Span:
         """Of a chunk of several tokens, whose rows begin at `start`."""
@@ -222,7 +224,7 @@ class ModelRunner:
         )
 
     def _tensor(self, values: list[int]) -> Tensor:
-        return torch.tensor(values, dtype=torch.long, device=self._device)
+        return on_device(values, self._device)
 
 
 def _first_rows(batch: list[Chunk]) -> dict[Chunk, int]:

@@ -10,6 +10,8 @@ from torch import Tensor
 
 _TOKENS = 4096
 """Of the vocabulary, read at a time."""
+# Parts of one tensor, which begin where the number of sequences has them begin: one kernel for all numbers.
+_KNOBS = ["repetition", "presence", "frequency", "temperature", "top_k", "top_p", "min_p", "uniform"]
 
 
 def penalize(
@@ -65,7 +67,7 @@ def choose(
     return token_ids
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=_KNOBS)
 def _penalize(
     logits, rows, in_prompt, output_counts, repetition, presence, frequency, output,
     vocab_size, TOKENS: tl.constexpr,
@@ -84,7 +86,7 @@ def _penalize(
     tl.store(output + seq * vocab_size + token, logit, mask=is_token)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=_KNOBS)
 def _choose(
     logits, temperature, top_k, top_p, min_p, uniform, weights, token_ids, vocab_size, TOKENS: tl.constexpr
 ):  # fmt: skip

@@ -49,8 +49,7 @@ class Knobs(NamedTuple):
             for sequence in sequences
             for params in (sequence.params,)
         ]
-        table = torch.tensor(values, dtype=torch.float32, pin_memory=device.type == "cuda")
-        rows, *others = table.to(device, non_blocking=True).T.contiguous()
+        rows, *others = on_device(values, device, torch.float32).T.contiguous()
         return cls(rows.long(), *others)
 
 
@@ -163,9 +162,9 @@ def _restrict(logits: Tensor, restricted: list[int], sequences: Seq[Sequence]) -
         sequence, row = sequences[i], logits[i]
         if sequence.params.logit_bias:
             token_ids, biases = zip(*sequence.params.logit_bias, strict=True)
-            row[list(token_ids)] += torch.tensor(biases, device=row.device)
+            row[on_device(token_ids, row.device)] += on_device(biases, row.device, torch.float32)
         if sequence.num_output_tokens < sequence.params.min_tokens:
-            row[list(sequence.stop_token_ids)] = -torch.inf
+            row.index_fill_(0, on_device(list(sequence.stop_token_ids), row.device), -torch.inf)
         if sequence.grammar is not None:
             try:
                 masks[i] = sequence.grammar.allowed()
@@ -173,8 +172,10 @@ def _restrict(logits: Tensor, restricted: list[int], sequences: Seq[Sequence]) -
                 sequence.error = str(error)
                 row.fill_(-torch.inf)
     if masks:
-        allowed = unpack(torch.stack(list(masks.values())).to(logits.device), logits.shape[1])
-        index = torch.tensor(list(masks), device=logits.device)
+        packed = torch.stack(list(masks.values()))
+        packed = (packed.pin_memory() if logits.is_cuda else packed).to(logits.device, non_blocking=True)
+        allowed = unpack(packed, logits.shape[1])
+        index = on_device(list(masks), logits.device)
         logits[index] = logits[index].masked_fill(~allowed, -torch.inf)
     return logits
 
@@ -190,10 +191,18 @@ def _rank(logits: Tensor, token_ids: Tensor, sequences: Seq[Sequence]) -> list[T
     reported = _reported(sequences)
     if not reported:
         return []
-    logprobs = logits[reported].log_softmax(-1)
+    index = on_device(reported, logits.device)
+    logprobs = logits[index].log_softmax(-1)
     top = logprobs.topk(max(sequences[i].params.logprobs or 0 for i in reported), dim=-1)
-    of_drawn = logprobs.gather(1, token_ids[reported].clamp(min=0).unsqueeze(1)).squeeze(1)
+    of_drawn = logprobs.gather(1, token_ids[index].clamp(min=0).unsqueeze(1)).squeeze(1)
     return [of_drawn, top.values, top.indices]
+
+
+def on_device(values: Seq[Any], device: torch.device, dtype: torch.dtype = torch.long) -> Tensor:
+    """Brings numbers to a device. Other than with a list as an index, or with what `torch.tensor` puts there
+    itself, nobody waits until a GPU has done all it was given before."""
+    pinned = torch.tensor(values, dtype=dtype, pin_memory=device.type == "cuda")
+    return pinned.to(device, non_blocking=True)
 
 
 def draw_uniform(seed: int, counter: int) -> float:

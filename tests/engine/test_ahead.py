@@ -13,12 +13,14 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from engine.decode_graphs import DecodeGraphs, DecodeInputs
 from engine.engine import Engine
 from engine.generation import Delta, GenerationError
 from engine.model_runner import ModelRunner
-from engine.sequence import BLOCK_SIZE, SamplingParams
+from engine.scheduler import Chunk
+from engine.sequence import BLOCK_SIZE, SamplingParams, Sequence
 from tests.engine.test_engine import all_blocks_are_back, ask, run, running, text, until, user
 from tests.engine.test_prompt_lookup import CASES, DRAWN, FEW, check_same
 from tests.engine.test_same_tokens import (
@@ -152,6 +154,46 @@ def test_a_step_is_launched_before_the_tokens_that_it_reads_are_waited_for(tiny_
             assert events == ["launch", "read", "launch", "launch", "read", "launch", "read", "read"]
 
     run(scenario())
+
+
+class Waits(TorchFunctionMode):
+    """Notes what would wait for a GPU, were there one: whatever goes to it from memory that is not pinned."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        is_list = func in (Tensor.__getitem__, Tensor.__setitem__) and isinstance(args[1], list)
+        is_sent = func is Tensor.to and any(isinstance(arg, torch.device | str) for arg in args[1:2])
+        is_made_there = func is torch.tensor and "device" in kwargs
+        if is_list or is_made_there or (is_sent and not kwargs.get("non_blocking")):
+            self.found.append(f"{func.__name__} {args[1:]}")
+        return func(*args, **kwargs)
+
+
+@torch.inference_mode()
+def test_a_step_that_only_decodes_waits_for_nothing_but_the_tokens_before_it(tiny_model: Path) -> None:
+    """Whatever its sequences ask for, and though one of them has left."""
+    runner = load_runner(tiny_model, 20)
+    give_graphs(runner, 24)
+    asked = [{}, {"logprobs": 2}, {"logit_bias": FEW}, {"min_tokens": 30}, {"presence_penalty": 0.5}]
+    sequences = [
+        Sequence([1, 2], replace(DRAWN, seed=row, **params), frozenset({257}), block_table=[row], row=row)  # type: ignore[arg-type]
+        for row, params in enumerate(asked)
+    ]
+    runner.run([Chunk(sequence, 2) for sequence in sequences])  # claims the rows of the sampler
+    for sequence in sequences:
+        sequence.num_computed = 2
+    batch = [Chunk(sequence, 1) for sequence in sequences]
+    runner.launch(batch)
+    runner.finish(batch, ahead := [chunk.following() for chunk in batch])
+    left = ahead[1:]
+    with Waits() as waits:
+        runner.finish(left, [chunk.following() for chunk in left])
+    assert [sequence.num_output_tokens for sequence in sequences] == [2, 3, 3, 3, 3]
+    assert waits.found == []
 
 
 def test_who_ends_by_surprise_leaves_no_trace(tiny_model: Path) -> None:

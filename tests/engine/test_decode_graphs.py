@@ -5,11 +5,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
 
+from engine import attention
+from engine.attention import Contexts, plain_decode_attention
 from engine.block_pool import BlockPool
 from engine.decode_graphs import DecodeInputs, padded_sizes
 from engine.model_runner import ModelRunner, load_model
-from engine.scheduler import Scheduler, only_decodes
+from engine.scheduler import Chunk, Scheduler, only_decodes
 from engine.sequence import BLOCK_SIZE, SamplingParams, Sequence
 from tests.models import SHAPES, make_model
 
@@ -23,6 +26,26 @@ def test_every_number_of_sequences_has_a_size_of_less_than_twice_its_own(max_num
     assert sizes[-1] == max_num_seqs
     for number in range(1, max_num_seqs + 1):
         assert min(size for size in sizes if size >= number) < 2 * number
+
+
+@torch.inference_mode()
+def test_steps_without_a_graph_need_no_other_kernels_than_those_with_one(
+    tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another type would be another kernel, which is compiled while everybody waits."""
+    seen: list[tuple[torch.dtype, torch.dtype]] = []
+
+    def recorded(query: Tensor, blocks: Tensor, contexts: Contexts, scaling: float) -> Tensor:
+        seen.append((contexts.block_tables.dtype, contexts.lens.dtype))
+        return plain_decode_attention(query, blocks, contexts, scaling)
+
+    monkeypatch.setattr(attention, "plain_decode_attention", recorded)
+    model = load_model(tiny_model, CPU, torch.float32)
+    runner = ModelRunner(model, num_blocks=4, max_num_seqs=2)
+    DecodeInputs(runner._kv_cache, max_num_seqs=2, max_blocks=2).forward(model, 2)
+    runner.run([Chunk(Sequence([1], SamplingParams(), block_table=[0], row=0), 1)])
+    assert len(seen) == 4
+    assert len(set(seen)) == 1
 
 
 @pytest.mark.parametrize("max_drafts", [0, 3])

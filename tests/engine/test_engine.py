@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from engine import engine as engine_module
 from engine.chat_format import Message
@@ -231,6 +232,32 @@ def test_a_sequence_whose_logits_are_no_numbers_fails_alone(tiny_model: Path) ->
             assert isinstance(good, list)
             assert text(good) == expected
             await until(lambda: all_blocks_are_back(engine))
+
+    run(scenario())
+
+
+def test_keys_that_are_no_numbers_harm_nobody_who_gets_their_blocks_or_runs_beside_them(
+    tiny_model: Path,
+) -> None:
+    poison, params = "~", SamplingParams(temperature=0, max_tokens=40, logit_bias=((93, -1e4),))
+
+    async def scenario() -> None:
+        async with running(tiny_model, kv_cache_tokens=512, max_num_seqs=8) as engine:
+            [token_id] = engine._chat_format.encode_text(poison)[1:]
+            assert token_id == 93, "nobody else may draw it"
+            with torch.no_grad():
+                engine._runner._model.embedding.weight[token_id] = torch.nan
+            questions = [f"{n} " * (n % 7 + 1) for n in range(12)]
+            expected = [text(await ask(engine, question, params)) for question in questions]
+            good = (ask(engine, question, params) for question in questions)
+            bad = (ask(engine, "x" * 5 * n + poison, params) for n in range(12))
+            told = await asyncio.gather(*(one for pair in zip(bad, good, strict=True) for one in pair),
+                                        return_exceptions=True)  # fmt: skip
+            assert all(isinstance(answer, GenerationError) for answer in told[::2])
+            assert [
+                answer if isinstance(answer, Exception) else text(answer) for answer in told[1::2]
+            ] == expected
+            assert [text(await ask(engine, question, params)) for question in questions] == expected
 
     run(scenario())
 
