@@ -21,7 +21,8 @@ class Contexts:
     queries: slice
     """Theirs among the step's tokens."""
     block_tables: Tensor
-    """[sequences, blocks]; behind a sequence's last block stands any other, which counts for nothing."""
+    """[sequences, blocks]; behind a sequence's last block stands any other, which counts for nothing. The plain
+    function reads it nevertheless, and all of the last block: there must be numbers."""
     lens: Tensor
     """[sequences], tokens."""
 
@@ -31,11 +32,6 @@ class Contexts:
         position = torch.arange(self.block_tables.shape[1] * BLOCK_SIZE, device=self.lens.device)
         bias = torch.zeros(len(self.lens), 1, 1, len(position), device=self.lens.device)
         return bias.masked_fill_(position >= self.lens[:, None, None, None], -torch.inf)
-
-    @cached_property
-    def behind(self) -> Tensor:
-        """Which of the sequences * blocks * block_size tokens are behind the contexts."""
-        return self.bias.flatten().nonzero().squeeze(1)
 
 
 @dataclass(frozen=True)
@@ -116,8 +112,6 @@ def plain_decode_attention(query: Tensor, blocks: Tensor, contexts: Contexts, sc
     num_seqs, num_heads, head_dim = query.shape
     num_kv_heads = blocks.shape[3]
     context = blocks.index_select(0, contexts.block_tables.flatten())
-    # What others have left there may be no number, which -inf and a weight of 0 would not undo.
-    context.flatten(0, 1).index_fill_(0, contexts.behind, 0)
     context = context.view(num_seqs, -1, 2, num_kv_heads, head_dim)
     key, value = context.permute(2, 0, 3, 1, 4).unbind()
     grouped = query.view(num_seqs, num_kv_heads, -1, head_dim)

@@ -83,7 +83,8 @@ class ModelRunner:
         self._model = model
         self._device = model.device
         self._sampler = Sampler(max_num_seqs, config.vocab_size, self._device)
-        # One block more than there are to allocate: CUDA graphs write their padding there.
+        # One block more than there are to allocate: CUDA graphs write their padding there, and it pads tables.
+        self._idle_block = num_blocks
         shape = (num_blocks + 1, BLOCK_SIZE, 2, config.num_key_value_heads, config.head_dim)
         self._kv_cache = [
             torch.zeros(shape, dtype=model.dtype, device=self._device)
@@ -181,6 +182,8 @@ class ModelRunner:
                     kept[chunk] = range(len(token_ids) - len(chunk.drafts) - 1, len(token_ids))
             if likeness != _SPAN:
                 contexts.append(self._contexts(chunks, start))
+        if not self._on_cuda:
+            self._clean([slot // BLOCK_SIZE for slot in slots if slot % BLOCK_SIZE == 0])
         logits: Tensor = self._model(
             self._tensor(token_ids),
             self._tensor(positions),
@@ -203,11 +206,21 @@ class ModelRunner:
             return _SPAN
         return 0 if self._on_cuda else len(chunk.sequence.block_table).bit_length()
 
+    def _clean(self, blocks: list[int]) -> None:
+        """Clears blocks that get their first token. What is left in them may be no number, and the plain
+        attention reads it too: with a weight of 0, which does not undo that."""
+        if blocks:
+            index = self._tensor(blocks)
+            for cache in self._kv_cache:
+                cache.index_fill_(0, index, 0)
+
     def _contexts(self, chunks: list[Chunk], start: int) -> Contexts:
         """Of chunks of one token, whose rows begin at `start`."""
         sequences = [chunk.sequence for chunk in chunks]
         tables = pad_sequence(
-            [self._tensor(sequence.block_table) for sequence in sequences], batch_first=True
+            [self._tensor(s.block_table[: s.num_computed // BLOCK_SIZE + 1]) for s in sequences],
+            batch_first=True,
+            padding_value=self._idle_block,
         )
         lens = self._tensor([sequence.num_computed + 1 for sequence in sequences])
         # As graphs have them: for another type, CUDA's kernels would be compiled anew when it first comes.

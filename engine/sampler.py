@@ -201,7 +201,7 @@ def _rank(logits: Tensor, token_ids: Tensor, sequences: Seq[Sequence]) -> list[T
 def on_device(values: Seq[Any], device: torch.device, dtype: torch.dtype = torch.long) -> Tensor:
     """Brings numbers to a device. Other than with a list as an index, or with what `torch.tensor` puts there
     itself, nobody waits until a GPU has done all it was given before."""
-    pinned = torch.tensor(values, dtype=dtype, pin_memory=device.type == "cuda")
+    pinned = torch.tensor(values, dtype=dtype, pin_memory=device.type == "cuda" and len(values) > 0)
     return pinned.to(device, non_blocking=True)
 
 
