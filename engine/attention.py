@@ -21,8 +21,8 @@ class Contexts:
     queries: slice
     """Theirs among the step's tokens."""
     block_tables: Tensor
-    """[sequences, blocks]; behind a sequence's last block stands any other, which counts for nothing. The plain
-    function reads it nevertheless, and all of the last block: there must be numbers."""
+    """[sequences, blocks]; behind a sequence's last block stands any other, which counts for nothing. The
+    plain function reads it nevertheless, and all of the last block: there must be numbers."""
     lens: Tensor
     """[sequences], tokens."""
 

@@ -83,7 +83,7 @@ class ModelRunner:
         self._model = model
         self._device = model.device
         self._sampler = Sampler(max_num_seqs, config.vocab_size, self._device)
-        # One block more than there are to allocate: CUDA graphs write their padding there, and it pads tables.
+        # One block more than there are to allocate: CUDA graphs write their padding there, it pads tables.
         self._idle_block = num_blocks
         shape = (num_blocks + 1, BLOCK_SIZE, 2, config.num_key_value_heads, config.head_dim)
         self._kv_cache = [
