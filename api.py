@@ -33,7 +33,7 @@ from serving.exchange import EventStream, Exchange, RequestIds, read_whole
 from serving.limits import ApiKeys, read_body
 from serving.openai_schemas import ChatCompletionChunk, ChatCompletionRequest, CompletionRequest
 from serving.schemas import ChatAnswer, ChatRequest
-from serving.server import serve
+from serving.server import bind, serve
 
 log = logging.getLogger("llama")
 router = APIRouter()
@@ -156,7 +156,13 @@ def build_app(settings: Settings) -> FastAPI:
 def main() -> None:
     settings = Settings.from_command_line()
     try:
-        check(settings.model_path, settings.device)
+        check(
+            settings.model_path,
+            settings.device,
+            max_model_len=settings.max_model_len,
+            kv_cache_tokens=settings.kv_cache_tokens,
+        )
+        bound = bind(settings.host, settings.port)
     except ValueError as error:
         print(f"api.py: {error}", file=sys.stderr)
         sys.exit(2)
@@ -165,9 +171,8 @@ def main() -> None:
     async def drain() -> None:
         await app.state.engine.drain(settings.drain_timeout)
 
-    serve(app, host=settings.host, port=settings.port, drain=drain)
-    engine: Engine | None = getattr(app.state, "engine", None)
-    sys.exit(engine is None or isinstance(engine.failure, EngineDeadError))
+    serve(app, bound, host=settings.host, port=settings.port, drain=drain)
+    sys.exit(isinstance(app.state.engine.failure, EngineDeadError))
 
 
 def __getattr__(name: str) -> FastAPI:

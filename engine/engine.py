@@ -13,6 +13,7 @@ from pathlib import Path
 from queue import SimpleQueue
 from typing import Any, TypeVar
 
+import psutil
 import torch
 
 from engine import weights
@@ -20,6 +21,7 @@ from engine.block_pool import BlockPool
 from engine.chat_format import ChatFormat, Message
 from engine.detokenizer import Detokenizer, TokenBytes
 from engine.generation import (
+    CacheTooSmallError,
     Choice,
     DrainingError,
     EngineDeadError,
@@ -36,6 +38,7 @@ from engine.model_runner import (
     ModelRunner,
     choose_device,
     choose_dtype,
+    kv_bytes_per_token,
     kv_tokens_that_fit,
     load_model,
 )
@@ -400,18 +403,22 @@ def _wrap(seed: int) -> int:
     return (seed + (1 << 63)) % (1 << 64) - (1 << 63)
 
 
-def check(model: Path, device: str) -> None:
+def check(model: Path, device: str, *, max_model_len: int = 0, kv_cache_tokens: int = 0) -> None:
     """Finds in a moment what would keep `load` from serving.
 
     Raises:
-        ValueError: if weights are missing, the model is no Llama, its tokenizer not Llama-3's, or the device
-            can't be used.
+        ValueError: if weights are missing, the model is no Llama, its tokenizer not Llama-3's, the device
+            can't be used, the context is longer than the model's, or the KV cache smaller than a block.
     """
     if missing := weights.problems(model):
         mend = weights.download_command(model)
         raise ValueError(f"{model} can't be served: {'; '.join(missing)}. Complete it with: {mend}")
     if (model_type := weights.model_type(model)) != "llama":
         raise ValueError(f"{model} can't be served: its model_type is {model_type!r}, and not 'llama'")
+    if max_model_len > (trained := weights.trained_context(model)):
+        raise ValueError(f"--max-model-len {max_model_len}: the model was trained for {trained} tokens")
+    if 0 < kv_cache_tokens < BLOCK_SIZE:
+        raise ValueError(f"--kv-cache-tokens {kv_cache_tokens}: a block of the cache is {BLOCK_SIZE} tokens")
     ChatFormat.from_pretrained(model)
     choose_device(device)
 
@@ -435,9 +442,10 @@ def load(
     """Builds the engine for the model in the folder `model`. In each option, 0 and "auto" mean: choose.
 
     Raises:
-        ValueError: as `check` does, or if the KV cache can't be as large as asked.
+        ValueError: as `check` does.
+        CacheTooSmallError: if there is no memory for the KV cache.
     """
-    check(model, device)
+    check(model, device, max_model_len=max_model_len, kv_cache_tokens=kv_cache_tokens)
     # Each step on a CPU reads all weights, which takes longer from pages of 4 KB than from those of 2 MB that
     # torch asks for with this, where the system has them.
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
@@ -452,7 +460,8 @@ def load(
         loaded = load_model(model, on, choose_dtype(dtype, on), int8=quantization == "int8")
         batch_tokens = max_batch_tokens or (64 if on.type == "cpu" else 2048)
         num_seqs = min(max_num_seqs, batch_tokens)  # each takes a token of the budget
-        context = _context(loaded.config.max_position_embeddings, max_model_len)
+        context = max_model_len or loaded.config.max_position_embeddings
+        _check_memory(kv_cache_tokens, kv_bytes_per_token(loaded), on)
         # On the CPU, whose memory is the user's, a few of the longest sequences; more than all is of no use.
         kv_tokens = kv_cache_tokens or min(
             context * (16 if on.type == "cpu" else num_seqs),
@@ -460,7 +469,7 @@ def load(
         )
         pool = BlockPool(kv_tokens // BLOCK_SIZE, BLOCK_SIZE)
         if pool.num_blocks == 0:
-            raise ValueError(
+            raise CacheTooSmallError(
                 "no memory is left for the KV cache: free some, or raise --gpu-memory-utilization"
             )
         kv_tokens = pool.num_blocks * BLOCK_SIZE
@@ -497,7 +506,9 @@ def max_drafted_tokens(device: torch.device) -> int:
     return 8 if device.type == "cpu" else 64
 
 
-def _context(trained: int, asked: int) -> int:
-    if asked > trained:
-        raise ValueError(f"max_model_len is {asked}, but the model was trained for {trained} tokens")
-    return asked or trained
+def _check_memory(kv_cache_tokens: int, bytes_per_token: int, device: torch.device) -> None:
+    needed = kv_cache_tokens * bytes_per_token
+    free = psutil.virtual_memory().available if device.type == "cpu" else torch.cuda.mem_get_info()[0]
+    if needed > free:
+        amounts = f"they take {needed / 1e9:,.1f} GB, and {free / 1e9:,.1f} GB are free"
+        raise CacheTooSmallError(f"--kv-cache-tokens {kv_cache_tokens}: {amounts}")

@@ -96,6 +96,13 @@ def model_type(model: Path) -> str:
     return str(_read_json(model / "config.json").get("model_type", ""))
 
 
+def trained_context(model: Path) -> int:
+    """The most tokens that the model was trained for."""
+    return int(
+        _read_json(model / "config.json").get("max_position_embeddings", 2048)
+    )  # transformers' default
+
+
 def shard_names(model: Path) -> list[str]:
     """The names of the safetensors files that hold the weights, as transformers would choose them.
 
