@@ -2,7 +2,6 @@
 
 import logging
 import re
-from http import HTTPStatus
 from typing import TypeVar
 
 from fastapi import FastAPI, Request
@@ -48,6 +47,21 @@ _REASONS: dict[int, Reason] = {
     504: "deadline",
 }
 """What a status means where the error does not say more."""
+
+_CODES = {
+    400: "bad_request",
+    401: "unauthorized",
+    404: "not_found",
+    405: "method_not_allowed",
+    408: "request_timeout",
+    413: "request_entity_too_large",
+    422: "unprocessable_entity",
+    429: "too_many_requests",
+    500: "internal_server_error",
+    503: "service_unavailable",
+    504: "gateway_timeout",
+}
+"""Not those of http.HTTPStatus, which calls 413 and 422 otherwise from Python 3.13 on."""
 
 
 class ErrorDetail(BaseModel):
@@ -95,9 +109,7 @@ class ApiError(Exception):
             self.status, "server_error" if self.status >= 500 else "invalid_request_error"
         )
         # OpenAI's name of it, by which its clients tell it from other bad requests.
-        code = (
-            "context_length_exceeded" if self.reason == "too_long" else HTTPStatus(self.status).name.lower()
-        )
+        code = "context_length_exceeded" if self.reason == "too_long" else _CODES[self.status]
         detail = ErrorDetail(message=str(self), type=kind, param=self.param, code=code)
         return ErrorBody(error=detail, status=self.status, time=now())
 

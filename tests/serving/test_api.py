@@ -10,6 +10,8 @@ from typing import Any
 import pytest
 import requests
 
+from serving import docs
+from serving.errors import ApiError
 from tests.conftest import LONG, Server, occupied, posted, read_events, until
 
 TIME = re.compile(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d")
@@ -226,6 +228,17 @@ def test_routes_that_are_not_there(
     response = requests.request(method, tiny_server.url + path, timeout=30)
     assert response.status_code == response.json()["status"] == status
     assert response.json()["error"]["code"] == code
+
+
+def test_each_status_has_a_code_that_is_the_same_on_every_python() -> None:
+    codes = {
+        400: "bad_request", 401: "unauthorized", 404: "not_found", 405: "method_not_allowed",
+        408: "request_timeout", 413: "request_entity_too_large", 422: "unprocessable_entity",
+        429: "too_many_requests", 500: "internal_server_error", 503: "service_unavailable",
+        504: "gateway_timeout",
+    }  # fmt: skip
+    assert set(codes) == {405, *docs.ERRORS, *docs.OPENAI_ERRORS}
+    assert {status: ApiError(status, "").body.error.code for status in codes} == codes
 
 
 def test_a_body_that_is_too_large_is_refused(tiny_server: Server) -> None:
