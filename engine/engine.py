@@ -411,8 +411,9 @@ def check(model: Path, device: str, *, max_model_len: int = 0, kv_cache_tokens: 
             can't be used, the context is longer than the model's, or the KV cache smaller than a block.
     """
     if missing := weights.problems(model):
-        mend = weights.download_command(model)
-        raise ValueError(f"{model} can't be served: {'; '.join(missing)}. Complete it with: {mend}")
+        command = weights.download_command(model)
+        mend = f". Complete it with: {command}" if command else ""
+        raise ValueError(f"{model} can't be served: {'; '.join(missing)}{mend}")
     if (model_type := weights.model_type(model)) != "llama":
         raise ValueError(f"{model} can't be served: its model_type is {model_type!r}, and not 'llama'")
     if max_model_len > (trained := weights.trained_context(model)):

@@ -12,6 +12,7 @@ import requests
 import torch
 
 from engine.engine import check
+from engine.weights import find_model
 from serving.settings import DEMO_MODEL, Settings
 from tests.conftest import LIMIT, ROOT, Server, until
 from tests.models import make_model
@@ -124,12 +125,22 @@ def test_the_port_is_taken_at_once_and_opened_when_the_model_is_loaded(tmp_path:
 
 
 def test_what_can_not_be_served_is_found_in_a_moment_and_told_in_one_line(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"^/nowhere can't be served: .*no such folder.*$"):
+    with pytest.raises(ValueError, match=r"^/nowhere can't be served: /nowhere: no such folder$"):
         check(Path("/nowhere"), "cpu")
+    with pytest.raises(
+        ValueError, match=r"^.*Complete it with: python model_download\.py --models-folder /no$"
+    ):
+        check(find_model(Path("/no")), "cpu")
     if not torch.cuda.is_available():
         with pytest.raises(ValueError, match=r"^.*cuda.*$"):
             check(DEMO_MODEL, "cuda")
     make_model(tmp_path)
+    weights = tmp_path / "model.safetensors"
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[:-1])
+    with pytest.raises(ValueError, match=r"^.*bytes, expected [\d,]+$"):  # and no advice to download another
+        check(tmp_path, "cpu")
+    weights.write_bytes(whole)
     tokenizer = tmp_path / "tokenizer.json"
     tokenizer.write_text(tokenizer.read_text().replace("<|start_header_id|>", "<|im_start|>"))
     with pytest.raises(ValueError, match=r"^.*not Llama-3's.*$"):
