@@ -27,6 +27,7 @@ from serving.metrics import Metrics, Reason
 from serving.schemas import now
 
 log = logging.getLogger("llama.serving")
+requests_log = logging.getLogger("llama.requests")
 
 T = TypeVar("T", bound=BaseModel)
 
@@ -130,7 +131,15 @@ class _ErrorResponse(Response):
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["path"] != "/health":  # a probe asks again and again: one cause would count as many
             self._error.count(scope["app"].state.metrics)
+            # Each request has one line: what fails here, and not in the engine, has that with the exception.
+            if self.status_code != 500 and not scope["state"].get("is_logged"):
+                self._log(scope["state"]["request_id"])
         await super().__call__(scope, receive, send)
+
+    def _log(self, request_id: str) -> None:
+        status, reason = self.status_code, self._error.reason
+        fields = {"message": "refused", "request_id": request_id, "status": status, "reason": reason}
+        requests_log.info("%s status=%d reason=%s", request_id, status, reason, extra={"fields": fields})
 
 
 def to_api_error(error: Exception, request_id: str) -> ApiError:
@@ -158,8 +167,9 @@ def to_api_error(error: Exception, request_id: str) -> ApiError:
             return ApiError(400, f"response_format: {error}", param="response_format")
         case GenerationError():
             return ApiError(500, f"request {request_id} failed in the engine")
-    log.error("request %s failed", request_id, exc_info=error)
-    return ApiError(500, f"request {request_id} failed")
+    told = f"request {request_id} failed"
+    log.error(told, exc_info=error, extra={"fields": {"message": told, "request_id": request_id}})
+    return ApiError(500, told)
 
 
 def _check_number_of_values(body: bytes) -> None:

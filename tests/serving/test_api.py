@@ -264,6 +264,9 @@ def test_a_full_queue_refuses_and_says_when_to_come_back(slow_server: Server) ->
     assert [response.status_code for response in refused] == [429, 429]
     assert all(int(response.headers["Retry-After"]) >= 1 for response in refused)
     assert all(response.json()["error"]["type"] == "rate_limit_error" for response in refused)
+    for request_id in (response.headers["X-Request-ID"] for response in refused):
+        line = log_line(slow_server, request_id)
+        assert re.search(rf"^[\d-]+ [\d:,]+ INFO {request_id} status=429 reason=queue_full$", line)
     assert slow_server.post(prompt="x", max_tokens=1).status_code == 200
 
 

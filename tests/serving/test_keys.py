@@ -163,8 +163,10 @@ def test_who_has_no_key_is_counted(keyed: KeyedServer) -> None:
 
     before = count()
     assert keyed.get("/metrics", None).status_code == 401
-    assert keyed.ask(None).status_code == 401
+    refused = keyed.ask(None)
+    assert refused.status_code == 401
     assert count() == before + 2
+    assert f"{refused.headers['X-Request-ID']} status=401 reason=key\n" in keyed.log
 
 
 def test_our_client(keyed: KeyedServer, monkeypatch: pytest.MonkeyPatch) -> None:
