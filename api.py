@@ -116,6 +116,8 @@ async def lifespan(app: FastAPI) -> AsyncIterator[None]:
     gc.freeze()
     if settings.is_public and not settings.api_keys:
         log.warning("anybody who reaches %s can use this server: it asks for no key", settings.host)
+    for name in settings.unknown_variables():
+        log.warning("%s is no setting, and does nothing: see python api.py --help", name)
     watch = asyncio.create_task(exit_with(engine))
     yield
     watch.cancel()

@@ -157,12 +157,13 @@ def test_a_model_that_is_no_llama_is_refused(tmp_path: Path) -> None:
     assert len(result.stderr.splitlines()) == 1
 
 
-def test_a_public_address_is_warned_about(server: Server, tmp_path: Path) -> None:
+def test_a_public_address_and_a_misspelled_variable_are_warned_about(server: Server, tmp_path: Path) -> None:
     assert "asks for no key" not in server.log
     with (tmp_path / "log").open("w+") as log:
         process = subprocess.Popen(
-            [sys.executable, "api.py", "--model", "demo", "--device", "cpu", "--port", "0"],
-            cwd=ROOT, stderr=log, stdout=log,
+            [sys.executable, "api.py", "--model", "demo", "--device", "cpu"],
+            cwd=ROOT, env=os.environ | {"LLAMA_PORT": "0", "LLAMA_API_KEYS": "secret"},
+            stderr=log, stdout=log,
         )  # fmt: skip
         try:
             while "Uvicorn running on http://0.0.0.0:" not in (text := (tmp_path / "log").read_text()):
@@ -172,6 +173,8 @@ def test_a_public_address_is_warned_about(server: Server, tmp_path: Path) -> Non
             process.send_signal(signal.SIGINT)
             process.wait(LIMIT)
     assert "asks for no key" in text
+    assert text.count(" WARNING LLAMA_API_KEYS is no setting") == text.count(" WARNING LLAMA_") == 1
+    assert "secret" not in text
 
 
 def test_uvicorn_serves_it_too(tmp_path: Path) -> None:
