@@ -186,6 +186,13 @@ def _separators(json: bytes) -> int:
     return json.count(b",") + json.count(b"[") + json.count(b"{")
 
 
+def _check_is_utf8(body: bytes) -> None:
+    try:
+        body.decode()
+    except UnicodeDecodeError as error:
+        raise ApiError(400, f"the body must be UTF-8, and byte {error.start} of it is not") from None
+
+
 def parse(schema: type[T], body: bytes, *, refusal: int = 422) -> T:
     """Reads a request's body, whatever its Content-Type: the tutorial's curl line sends a form's.
 
@@ -203,6 +210,7 @@ def parse(schema: type[T], body: bytes, *, refusal: int = 422) -> T:
         faults = error.errors(include_url=False, include_context=False, include_input=False)
     first = faults[0]
     if first["type"] == "json_invalid":
+        _check_is_utf8(body)
         raise ApiError(400, f"the body is not JSON: {first['msg'].removeprefix('Invalid JSON: ')}")
     named = [
         (".".join(map(str, fault["loc"]))[:100], fault["msg"].removeprefix("Value error, "))

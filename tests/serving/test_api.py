@@ -204,6 +204,16 @@ def test_an_error_names_the_limit(tiny_server: Server, field: str, value: object
     assert limit in tiny_server.post(prompt="a", **{field: value}).json()["error"]["message"]
 
 
+def test_a_body_in_another_encoding_is_told_which_it_must_be(tiny_server: Server) -> None:
+    """As curl in a Chinese Windows console sends, and PowerShell writes to a file."""
+    for encoding in ("gbk", "utf-16"):
+        response = requests.post(tiny_server.url, data='{"prompt": "你好"}'.encode(encoding), timeout=60)
+        assert response.status_code == 400
+        assert "must be UTF-8" in response.json()["error"]["message"]
+    response = requests.post(tiny_server.url, data='{"prompt": "你好'.encode(), timeout=60)
+    assert "not JSON" in response.json()["error"]["message"]
+
+
 def test_a_prompt_that_does_not_fit_is_refused_with_both_numbers(tiny_server: Server) -> None:
     response = tiny_server.post(prompt="x" * 600)
     assert response.status_code == 400
