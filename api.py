@@ -20,6 +20,7 @@ import sys
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from shlex import quote
 
 from fastapi import APIRouter, FastAPI, Request
 from fastapi.middleware.cors import CORSMiddleware
@@ -66,7 +67,7 @@ async def describe(request: Request) -> Response:
     settings: Settings = request.app.state.settings
     return JSONResponse({
         "model": settings.model_names[0],
-        "ask": f"curl -X POST http://127.0.0.1:{settings.port} -d '{{\"prompt\": \"你好\"}}'",
+        "ask": f"curl -X POST {quote(str(request.base_url))} -d '{{\"prompt\": \"你好\"}}'",
         "docs": "/docs",
         "health": "/health",
     }, headers={"Vary": "Accept"})  # fmt: skip

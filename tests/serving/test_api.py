@@ -3,6 +3,7 @@
 import contextlib
 import json
 import re
+import shlex
 import threading
 from collections.abc import Iterator
 from typing import Any
@@ -328,6 +329,18 @@ def test_the_history_is_part_of_the_prompt(server: Server) -> None:
 def test_health(server: Server) -> None:
     response = requests.get(f"{server.url}/health", timeout=30)
     assert (response.status_code, response.json()["status"]) == (200, "ok")
+
+
+@pytest.mark.parametrize("host", [None, "localhost:8001", "llama.example.com", "[::1]:8001", "$(id)"])
+def test_the_command_that_is_told_asks_the_server_where_its_reader_found_it(
+    server: Server, host: str | None
+) -> None:
+    headers = {"Host": host} if host else {}
+    told = shlex.split(requests.get(server.url, headers=headers, timeout=30).json()["ask"])
+    assert told == ["curl", "-X", "POST", f"http://{host}/" if host else f"{server.url}/", "-d", told[-1]]
+    assert requests.post(server.url, data=told[-1].encode(), timeout=60).status_code == 200
+    if host == "$(id)":
+        assert "'http://$(id)/'" in requests.get(server.url, headers=headers, timeout=30).json()["ask"]
 
 
 @pytest.mark.parametrize("path", ["/", "/health"])
