@@ -201,12 +201,7 @@ class Engine:
         return self._submit([prompt], params, n, grammar)
 
     async def complete(
-        self,
-        prompts: list[str] | list[list[int]],
-        params: SamplingParams,
-        *,
-        n: int = 1,
-        grammar: Grammar | None = None,
+        self, prompts: list[str] | list[list[int]], params: SamplingParams, *, n: int = 1
     ) -> Generation:
         """Takes a request to go on with texts, or with token ids, `n` times with each. Else as `generate`.
 
@@ -220,7 +215,7 @@ class Engine:
         for token_ids in all_token_ids:
             if not token_ids or not all(0 <= token_id < self.vocab_size for token_id in token_ids):
                 raise InvalidPromptError(f"token ids must be from 0 to {self.vocab_size - 1}, at least one")
-        return self._submit(all_token_ids, params, n, grammar)
+        return self._submit(all_token_ids, params, n)
 
     async def compile(self, schema: dict[str, Any] | None) -> Grammar:
         """The grammar of answers that are JSON by `schema`; with None, any JSON object.
@@ -240,7 +235,7 @@ class Engine:
         return await asyncio.to_thread(encode) if is_long else encode()
 
     def _submit(
-        self, prompts: list[list[int]], params: SamplingParams, n: int, grammar: Grammar | None
+        self, prompts: list[list[int]], params: SamplingParams, n: int, grammar: Grammar | None = None
     ) -> Generation:
         self._check_length(max(map(len, prompts)))
         self._check_admission(len(prompts) * n)  # again: others may have come while it was encoded
