@@ -20,6 +20,7 @@ import sys
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from shlex import quote
 
 from fastapi import APIRouter, FastAPI, Request
 from fastapi.middleware.cors import CORSMiddleware
@@ -33,7 +34,7 @@ from serving.exchange import EventStream, Exchange, RequestIds, read_whole
 from serving.limits import ApiKeys, read_body
 from serving.openai_schemas import ChatCompletionChunk, ChatCompletionRequest, CompletionRequest
 from serving.schemas import ChatAnswer, ChatRequest
-from serving.server import serve
+from serving.server import bind, serve
 
 log = logging.getLogger("llama")
 router = APIRouter()
@@ -66,7 +67,7 @@ async def describe(request: Request) -> Response:
     settings: Settings = request.app.state.settings
     return JSONResponse({
         "model": settings.model_names[0],
-        "ask": f"curl -X POST http://127.0.0.1:{settings.port} -d '{{\"prompt\": \"你好\"}}'",
+        "ask": f"curl -X POST {quote(str(request.base_url))} -d '{{\"prompt\": \"你好\"}}'",
         "docs": "/docs",
         "health": "/health",
     }, headers={"Vary": "Accept"})  # fmt: skip
@@ -116,6 +117,8 @@ async def lifespan(app: FastAPI) -> AsyncIterator[None]:
     gc.freeze()
     if settings.is_public and not settings.api_keys:
         log.warning("anybody who reaches %s can use this server: it asks for no key", settings.host)
+    for name in settings.unknown_variables():
+        log.warning("%s is no setting, and does nothing: see python api.py --help", name)
     watch = asyncio.create_task(exit_with(engine))
     yield
     watch.cancel()
@@ -156,7 +159,13 @@ def build_app(settings: Settings) -> FastAPI:
 def main() -> None:
     settings = Settings.from_command_line()
     try:
-        check(settings.model_path, settings.device)
+        check(
+            settings.model_path,
+            settings.device,
+            max_model_len=settings.max_model_len,
+            kv_cache_tokens=settings.kv_cache_tokens,
+        )
+        bound = bind(settings.host, settings.port)
     except ValueError as error:
         print(f"api.py: {error}", file=sys.stderr)
         sys.exit(2)
@@ -165,9 +174,8 @@ def main() -> None:
     async def drain() -> None:
         await app.state.engine.drain(settings.drain_timeout)
 
-    serve(app, host=settings.host, port=settings.port, drain=drain)
-    engine: Engine | None = getattr(app.state, "engine", None)
-    sys.exit(engine is None or isinstance(engine.failure, EngineDeadError))
+    serve(app, bound, host=settings.host, port=settings.port, drain=drain)
+    sys.exit(isinstance(app.state.engine.failure, EngineDeadError))
 
 
 def __getattr__(name: str) -> FastAPI:

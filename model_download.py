@@ -21,7 +21,6 @@ from pathlib import Path, PurePosixPath
 from typing import Any, TextIO
 
 from engine.weights import AUTODL_DATA_DISK, MODEL_ID, default_models_folder, find_model, problems
-from serving.settings import Settings
 
 RESUME = "Run the same command again: it continues where it stopped."
 
@@ -67,7 +66,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add(
         "--models-folder",
         type=Path,
-        default=Settings.from_command_line([]).models_folder,
+        default=models_folder(),
         metavar="FOLDER",
         help="the model goes to FOLDER/OWNER/NAME; default: %(default)s, where api.py looks",
     )
@@ -86,6 +85,11 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     return options
 
 
+def models_folder() -> Path:
+    """Where api.py looks, by its setting of this name."""
+    return Path(os.environ.get("LLAMA_MODELS_FOLDER", default_models_folder()))
+
+
 def next_step(options: argparse.Namespace) -> str:
     """What to do about a model that is not complete."""
     if options.check:
@@ -95,7 +99,7 @@ def next_step(options: argparse.Namespace) -> str:
 
 def server_command(model: Path) -> str:
     """The command that serves `model`."""
-    is_default = model == Settings.from_command_line([]).model_path.absolute()
+    is_default = "LLAMA_MODEL" not in os.environ and model == find_model(models_folder()).absolute()
     return "python api.py" if is_default else f"python api.py --model {shlex.quote(str(model))}"
 
 

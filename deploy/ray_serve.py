@@ -217,7 +217,12 @@ def main() -> None:
     from serving import logs
 
     try:
-        check(settings.model_path, settings.device)
+        check(
+            settings.model_path,
+            settings.device,
+            max_model_len=settings.max_model_len,
+            kv_cache_tokens=settings.kv_cache_tokens,
+        )
     except ValueError as error:
         print(f"{_PROGRAM}: {error}", file=sys.stderr)
         sys.exit(2)

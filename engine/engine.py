@@ -13,6 +13,7 @@ from pathlib import Path
 from queue import SimpleQueue
 from typing import Any, TypeVar
 
+import psutil
 import torch
 
 from engine import weights
@@ -20,6 +21,7 @@ from engine.block_pool import BlockPool
 from engine.chat_format import LONG_TEXT, ChatFormat, Message
 from engine.detokenizer import Detokenizer, TokenBytes
 from engine.generation import (
+    CacheTooSmallError,
     Choice,
     DrainingError,
     EngineDeadError,
@@ -36,6 +38,7 @@ from engine.model_runner import (
     ModelRunner,
     choose_device,
     choose_dtype,
+    kv_bytes_per_token,
     kv_tokens_that_fit,
     load_model,
 )
@@ -195,12 +198,7 @@ class Engine:
         return self._submit([prompt], params, n, grammar)
 
     async def complete(
-        self,
-        prompts: list[str] | list[list[int]],
-        params: SamplingParams,
-        *,
-        n: int = 1,
-        grammar: Grammar | None = None,
+        self, prompts: list[str] | list[list[int]], params: SamplingParams, *, n: int = 1
     ) -> Generation:
         """Takes a request to go on with texts, or with token ids, `n` times with each. Else as `generate`.
 
@@ -214,7 +212,7 @@ class Engine:
         for token_ids in all_token_ids:
             if not token_ids or not all(0 <= token_id < self.vocab_size for token_id in token_ids):
                 raise InvalidPromptError(f"token ids must be from 0 to {self.vocab_size - 1}, at least one")
-        return self._submit(all_token_ids, params, n, grammar)
+        return self._submit(all_token_ids, params, n)
 
     async def compile(self, schema: dict[str, Any] | None) -> Grammar:
         """The grammar of answers that are JSON by `schema`; with None, any JSON object.
@@ -234,7 +232,7 @@ class Engine:
         return await asyncio.to_thread(encode) if is_long else encode()
 
     def _submit(
-        self, prompts: list[list[int]], params: SamplingParams, n: int, grammar: Grammar | None
+        self, prompts: list[list[int]], params: SamplingParams, n: int, grammar: Grammar | None = None
     ) -> Generation:
         self._check_length(max(map(len, prompts)))
         self._check_admission(len(prompts) * n)  # again: others may have come while it was encoded
@@ -397,18 +395,23 @@ def _wrap(seed: int) -> int:
     return (seed + (1 << 63)) % (1 << 64) - (1 << 63)
 
 
-def check(model: Path, device: str) -> None:
+def check(model: Path, device: str, *, max_model_len: int = 0, kv_cache_tokens: int = 0) -> None:
     """Finds in a moment what would keep `load` from serving.
 
     Raises:
-        ValueError: if weights are missing, the model is no Llama, its tokenizer not Llama-3's, or the device
-            can't be used.
+        ValueError: if weights are missing, the model is no Llama, its tokenizer not Llama-3's, the device
+            can't be used, the context is longer than the model's, or the KV cache smaller than a block.
     """
     if missing := weights.problems(model):
-        mend = weights.download_command(model)
-        raise ValueError(f"{model} can't be served: {'; '.join(missing)}. Complete it with: {mend}")
+        command = weights.download_command(model)
+        mend = f". Complete it with: {command}" if command else ""
+        raise ValueError(f"{model} can't be served: {'; '.join(missing)}{mend}")
     if (model_type := weights.model_type(model)) != "llama":
         raise ValueError(f"{model} can't be served: its model_type is {model_type!r}, and not 'llama'")
+    if max_model_len > (trained := weights.trained_context(model)):
+        raise ValueError(f"--max-model-len {max_model_len}: the model was trained for {trained} tokens")
+    if 0 < kv_cache_tokens < BLOCK_SIZE:
+        raise ValueError(f"--kv-cache-tokens {kv_cache_tokens}: a block of the cache is {BLOCK_SIZE} tokens")
     ChatFormat.from_pretrained(model)
     choose_device(device)
 
@@ -432,9 +435,10 @@ def load(
     """Builds the engine for the model in the folder `model`. In each option, 0 and "auto" mean: choose.
 
     Raises:
-        ValueError: as `check` does, or if the KV cache can't be as large as asked.
+        ValueError: as `check` does.
+        CacheTooSmallError: if there is no memory for the KV cache.
     """
-    check(model, device)
+    check(model, device, max_model_len=max_model_len, kv_cache_tokens=kv_cache_tokens)
     # Each step on a CPU reads all weights, which takes longer from pages of 4 KB than from those of 2 MB that
     # torch asks for with this, where the system has them.
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
@@ -449,7 +453,8 @@ def load(
         loaded = load_model(model, on, choose_dtype(dtype, on), int8=quantization == "int8")
         batch_tokens = max_batch_tokens or (64 if on.type == "cpu" else 2048)
         num_seqs = min(max_num_seqs, batch_tokens)  # each takes a token of the budget
-        context = _context(loaded.config.max_position_embeddings, max_model_len)
+        context = max_model_len or loaded.config.max_position_embeddings
+        _check_memory(kv_cache_tokens, kv_bytes_per_token(loaded), on)
         # On the CPU, whose memory is the user's, a few of the longest sequences; more than all is of no use.
         kv_tokens = kv_cache_tokens or min(
             context * (16 if on.type == "cpu" else num_seqs),
@@ -457,7 +462,7 @@ def load(
         )
         pool = BlockPool(kv_tokens // BLOCK_SIZE, BLOCK_SIZE)
         if pool.num_blocks == 0:
-            raise ValueError(
+            raise CacheTooSmallError(
                 "no memory is left for the KV cache: free some, or raise --gpu-memory-utilization"
             )
         kv_tokens = pool.num_blocks * BLOCK_SIZE
@@ -494,7 +499,9 @@ def max_drafted_tokens(device: torch.device) -> int:
     return 8 if device.type == "cpu" else 64
 
 
-def _context(trained: int, asked: int) -> int:
-    if asked > trained:
-        raise ValueError(f"max_model_len is {asked}, but the model was trained for {trained} tokens")
-    return asked or trained
+def _check_memory(kv_cache_tokens: int, bytes_per_token: int, device: torch.device) -> None:
+    needed = kv_cache_tokens * bytes_per_token
+    free = psutil.virtual_memory().available if device.type == "cpu" else torch.cuda.mem_get_info()[0]
+    if needed > free:
+        amounts = f"they take {needed / 1e9:,.1f} GB, and {free / 1e9:,.1f} GB are free"
+        raise CacheTooSmallError(f"--kv-cache-tokens {kv_cache_tokens}: {amounts}")

@@ -14,6 +14,10 @@ _MAX_UNREAD = 1024
 that pauses would keep its KV blocks from the others."""
 
 
+class CacheTooSmallError(ValueError):
+    """There is no memory for the KV cache."""
+
+
 class EngineError(Exception):
     """Why a request gets no answer, or not the whole of it."""
 

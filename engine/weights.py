@@ -57,12 +57,14 @@ def find_model(models_folder: Path, model_id: str = MODEL_ID) -> Path:
     return next(complete, begun[0] if begun else places[0])
 
 
-def download_command(model: Path) -> str:
-    """The command that completes the folder `model`; for a folder that is none of ours, the plain one."""
+def download_command(model: Path) -> str | None:
+    """The command that completes the folder `model`; None if there is none, as for a model of one's own."""
     for folder in model.absolute().parents:
-        if find_model(folder) == model.absolute() and folder != default_models_folder().absolute():
-            return f"python model_download.py --models-folder {shlex.quote(str(folder))}"
-    return "python model_download.py"
+        if find_model(folder) == model.absolute():
+            command = "python model_download.py"
+            is_default = folder == default_models_folder().absolute()
+            return command if is_default else f"{command} --models-folder {shlex.quote(str(folder))}"
+    return None
 
 
 def problems(model: Path) -> list[str]:
@@ -94,6 +96,13 @@ def sampling_defaults(model: Path) -> dict[str, float]:
 def model_type(model: Path) -> str:
     """The architecture that config.json names, as transformers calls it; empty if it names none."""
     return str(_read_json(model / "config.json").get("model_type", ""))
+
+
+def trained_context(model: Path) -> int:
+    """The most tokens that the model was trained for."""
+    return int(
+        _read_json(model / "config.json").get("max_position_embeddings", 2048)
+    )  # transformers' default
 
 
 def shard_names(model: Path) -> list[str]:

@@ -6,8 +6,10 @@ from fastapi import FastAPI
 from pydantic import BaseModel
 
 from serving.errors import ErrorBody
+from serving.limits import is_open
 
 _REF = "#/components/schemas/{model}"
+_KEY = "APIKey"
 
 ERRORS: dict[int | str, dict[str, Any]] = {
     status: {"model": ErrorBody, "description": description}
@@ -101,7 +103,7 @@ def json_body(schema: type[BaseModel]) -> dict[str, Any]:
 
 
 def document(app: FastAPI, *schemas: type[BaseModel]) -> None:
-    """Adds the schemas that `json_body` and `streams` refer to, and examples that run as they are."""
+    """Adds the schemas that `json_body` and `streams` refer to, examples that run as they are, and keys."""
     generate = app.openapi
 
     def openapi() -> dict[str, Any]:
@@ -111,8 +113,12 @@ def document(app: FastAPI, *schemas: type[BaseModel]) -> None:
             of_schema = schema.model_json_schema(ref_template=_REF)
             for name, part in (of_schema.pop("$defs", {}) | {schema.__name__: of_schema}).items():
                 known.setdefault(name, part)
-        for path in described["paths"].values():
-            for operation in path.values():
+        if app.state.settings.api_keys:
+            described["components"]["securitySchemes"] = {_KEY: {"type": "http", "scheme": "bearer"}}
+        for route, path in described["paths"].items():
+            for method, operation in path.items():
+                if app.state.settings.api_keys and not is_open(method.upper(), route):
+                    operation["security"] = [{_KEY: []}]
                 if "requestBody" in operation:
                     _add_examples(operation["requestBody"]["content"]["application/json"], app)
                 # FastAPI's own, of a path's parameters: a name of ours is never refused by its type.

@@ -2,7 +2,6 @@
 
 import logging
 import re
-from http import HTTPStatus
 from typing import TypeVar
 
 from fastapi import FastAPI, Request
@@ -28,6 +27,7 @@ from serving.metrics import Metrics, Reason
 from serving.schemas import now
 
 log = logging.getLogger("llama.serving")
+requests_log = logging.getLogger("llama.requests")
 
 T = TypeVar("T", bound=BaseModel)
 
@@ -48,6 +48,21 @@ _REASONS: dict[int, Reason] = {
     504: "deadline",
 }
 """What a status means where the error does not say more."""
+
+_CODES = {
+    400: "bad_request",
+    401: "unauthorized",
+    404: "not_found",
+    405: "method_not_allowed",
+    408: "request_timeout",
+    413: "request_entity_too_large",
+    422: "unprocessable_entity",
+    429: "too_many_requests",
+    500: "internal_server_error",
+    503: "service_unavailable",
+    504: "gateway_timeout",
+}
+"""Not those of http.HTTPStatus, which calls 413 and 422 otherwise from Python 3.13 on."""
 
 
 class ErrorDetail(BaseModel):
@@ -95,9 +110,7 @@ class ApiError(Exception):
             self.status, "server_error" if self.status >= 500 else "invalid_request_error"
         )
         # OpenAI's name of it, by which its clients tell it from other bad requests.
-        code = (
-            "context_length_exceeded" if self.reason == "too_long" else HTTPStatus(self.status).name.lower()
-        )
+        code = "context_length_exceeded" if self.reason == "too_long" else _CODES[self.status]
         detail = ErrorDetail(message=str(self), type=kind, param=self.param, code=code)
         return ErrorBody(error=detail, status=self.status, time=now())
 
@@ -118,7 +131,15 @@ class _ErrorResponse(Response):
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["path"] != "/health":  # a probe asks again and again: one cause would count as many
             self._error.count(scope["app"].state.metrics)
+            # Each request has one line: what fails here, and not in the engine, has that with the exception.
+            if self.status_code != 500 and not scope["state"].get("is_logged"):
+                self._log(scope["state"]["request_id"])
         await super().__call__(scope, receive, send)
+
+    def _log(self, request_id: str) -> None:
+        status, reason = self.status_code, self._error.reason
+        fields = {"message": "refused", "request_id": request_id, "status": status, "reason": reason}
+        requests_log.info("%s status=%d reason=%s", request_id, status, reason, extra={"fields": fields})
 
 
 def to_api_error(error: Exception, request_id: str) -> ApiError:
@@ -146,8 +167,9 @@ def to_api_error(error: Exception, request_id: str) -> ApiError:
             return ApiError(400, f"response_format: {error}", param="response_format")
         case GenerationError():
             return ApiError(500, f"request {request_id} failed in the engine")
-    log.error("request %s failed", request_id, exc_info=error)
-    return ApiError(500, f"request {request_id} failed")
+    told = f"request {request_id} failed"
+    log.error(told, exc_info=error, extra={"fields": {"message": told, "request_id": request_id}})
+    return ApiError(500, told)
 
 
 def _check_number_of_values(body: bytes) -> None:
@@ -162,6 +184,13 @@ def _check_number_of_values(body: bytes) -> None:
 def _separators(json: bytes) -> int:
     """As many as there are values, but for a few, if no string is left in it."""
     return json.count(b",") + json.count(b"[") + json.count(b"{")
+
+
+def _check_is_utf8(body: bytes) -> None:
+    try:
+        body.decode()
+    except UnicodeDecodeError as error:
+        raise ApiError(400, f"the body must be UTF-8, and byte {error.start} of it is not") from None
 
 
 def parse(schema: type[T], body: bytes, *, refusal: int = 422) -> T:
@@ -181,6 +210,7 @@ def parse(schema: type[T], body: bytes, *, refusal: int = 422) -> T:
         faults = error.errors(include_url=False, include_context=False, include_input=False)
     first = faults[0]
     if first["type"] == "json_invalid":
+        _check_is_utf8(body)
         raise ApiError(400, f"the body is not JSON: {first['msg'].removeprefix('Invalid JSON: ')}")
     named = [
         (".".join(map(str, fault["loc"]))[:100], fault["msg"].removeprefix("Value error, "))

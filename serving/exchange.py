@@ -68,6 +68,7 @@ class Exchange:
             prompt: what is logged of the request, if content is.
         """
         settings: Settings = request.app.state.settings
+        request.state.is_logged = True  # by this: an error that it ends with gives no line of its own
         self.request_id: str = request.state.request_id
         self.metrics: Metrics = request.app.state.metrics
         self._generation = generation

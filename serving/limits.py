@@ -46,7 +46,7 @@ async def read_body(request: Request, max_bytes: int) -> bytes:
 class ApiKeys:
     """Middleware that lets in who has a key, and nobody with too many requests at once.
 
-    Whether the server lives, and the chat page, which holds no secret, are for everybody.
+    Whether the server lives, and what holds no secret, the chat page and the docs, is for everybody.
     """
 
     def __init__(self, app: ASGIApp, keys: frozenset[str], max_per_key: int) -> None:
@@ -61,7 +61,7 @@ class ApiKeys:
         self._in_flight: Counter[bytes] = Counter()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or _is_open(scope):
+        if scope["type"] != "http" or is_open(scope["method"], scope["path"]):
             await self._app(scope, receive, send)
             return
         digest = _digest(_bearer(Headers(scope=scope)))
@@ -111,8 +111,9 @@ def count_answers(request: Request, answers: int) -> None:
         take(answers)
 
 
-def _is_open(scope: Scope) -> bool:
-    return scope["path"] == "/health" or (scope["path"] == "/" and scope["method"] in ("GET", "HEAD"))
+def is_open(method: str, path: str) -> bool:
+    """Whether a request needs no key."""
+    return path in ("/health", "/docs", "/openapi.json") or (path == "/" and method in ("GET", "HEAD"))
 
 
 def _bearer(headers: Headers) -> bytes:

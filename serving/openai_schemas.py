@@ -99,7 +99,7 @@ class SamplingRequest(Request):
 
         Args:
             defaults: what the model's makers advise.
-            max_tokens: where the request does not say.
+            max_tokens: the most that the answer may have.
         """
         chosen = {name: getattr(self, name) for name in _NEUTRAL}
         sampling = {

@@ -11,9 +11,10 @@ from collections.abc import Awaitable, Callable
 from types import FrameType
 
 import uvicorn
-from starlette.types import ASGIApp
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
+from engine.generation import CacheTooSmallError
 from serving.errors import ApiError
 
 log = logging.getLogger("llama.serving")
@@ -138,6 +139,18 @@ class Server(uvicorn.Server):
         self._loop = asyncio.get_running_loop()
         await super().serve(sockets)
 
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        sockets = sockets or []
+        try:
+            await super().startup(sockets)
+            for bound in sockets:
+                bound.listen(self.config.backlog)  # once more: uvloop does not tell that it could not
+        except OSError:
+            log.error("--port %d: another server, bound to it too, was the first to listen", self.config.port)
+            await self.lifespan.shutdown()
+            sys.exit(1)
+        self._log_started_message(sockets)  # which uvicorn leaves to whoever has bound them
+
     def _begin_to_end(self) -> None:
         self._draining = asyncio.ensure_future(self._end())
 
@@ -165,11 +178,52 @@ def raise_file_limit() -> None:
             resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
-def serve(app: ASGIApp, *, host: str, port: int, drain: Callable[[], Awaitable[None]]) -> None:
-    """Serves until a signal comes and `drain` has returned."""
+def bind(host: str, port: int) -> socket.socket:
+    """Takes a port that is opened later: until a server listens, it refuses connections.
+
+    Raises:
+        ValueError: if it can't be had.
+    """
+    bound = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
+    if sys.platform != "win32":
+        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # of a server that has just ended
+    if bound.family == socket.AF_INET6:
+        bound.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+    try:
+        bound.bind((host, port))
+    except (OSError, UnicodeError) as error:
+        bound.close()
+        raise ValueError(f"--host {host} --port {port}: {error}") from error
+    return bound
+
+
+def _told_in_a_line(app: ASGIApp) -> ASGIApp:
+    """The app; that there is no memory for it is logged without uvicorn's traceback."""
+
+    async def told(scope: Scope, receive: Receive, send: Send) -> None:
+        async def send_text(message: Message) -> None:
+            if message["type"] == "lifespan.startup.failed" and isinstance(
+                sys.exception(), CacheTooSmallError
+            ):
+                message["message"] = str(sys.exception())
+            await send(message)
+
+        await app(scope, receive, send_text if scope["type"] == "lifespan" else send)
+
+    return told
+
+
+def serve(
+    app: ASGIApp, bound: socket.socket, *, host: str, port: int, drain: Callable[[], Awaitable[None]]
+) -> None:
+    """Serves until a signal comes and `drain` has returned.
+
+    Args:
+        bound: to `host` and `port`, by `bind`.
+    """
     raise_file_limit()
     config = uvicorn.Config(
-        app,
+        _told_in_a_line(app),
         host=host,
         port=port,
         http=BoundedProtocol,
@@ -178,4 +232,4 @@ def serve(app: ASGIApp, *, host: str, port: int, drain: Callable[[], Awaitable[N
         log_config=None,
         timeout_graceful_shutdown=2 * _LAST_BYTES_SECONDS,
     )
-    Server(config, drain).run()
+    Server(config, drain).run([bound])

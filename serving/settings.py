@@ -123,6 +123,13 @@ class Settings(BaseSettings):
         return self.host not in ("127.0.0.1", "::1", "localhost")
 
     @classmethod
+    def unknown_variables(cls) -> list[str]:
+        """Names of LLAMA_* variables that are set and are no settings, as misspelled ones are not."""
+        prefix = cls.model_config["env_prefix"]
+        own = {prefix + name.upper() for name in cls.model_fields}
+        return sorted(name for name in os.environ if name.startswith(prefix) and name.upper() not in own)
+
+    @classmethod
     def from_command_line(cls, arguments: Seq[str] | None = None, *, program: str = "api.py") -> Self:
         """Reads flags and variables. Where one is wrong, says which in one line and exits with 2."""
         parser = _Parser(prog=program, description="Serves Llama-3-8B-Instruct over HTTP.")

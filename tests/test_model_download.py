@@ -220,6 +220,24 @@ def test_it_goes_where_the_api_looks_and_then_the_next_command_is_short(hub: Hub
     assert_complete(folder, hub.files)
 
 
+def test_it_reads_no_other_settings_of_the_server(
+    folder: Path, files: dict[str, bytes], tmp_path: Path
+) -> None:
+    write_complete(folder, files)
+    for models_folder, code in ((folder, 0), (tmp_path / "none", 1), (Path(__file__), 2)):
+        changes = {"LLAMA_MODELS_FOLDER": str(models_folder), "LLAMA_PORT": "abc"}
+        result = subprocess.run(
+            [sys.executable, str(SCRIPT), "--check"],
+            env=environment("", folder, **changes),
+            capture_output=True,
+            text=True,
+            timeout=DEADLINE,
+        )
+        assert result.returncode == code, result.stderr
+        assert "api.py" not in result.stderr
+    assert result.stderr.splitlines()[-1].startswith("model_download.py: error: --models-folder: ")
+
+
 def test_a_second_run_fetches_nothing(hub: Hub, folder: Path) -> None:
     assert run(hub.url, folder).returncode == 0
     hub.served.clear()

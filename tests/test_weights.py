@@ -238,7 +238,7 @@ def test_the_command_that_completes_a_model(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(weights, "AUTODL_DATA_DISK", tmp_path / "absent")
     assert download_command(Path("models") / MODEL_ID) == "python model_download.py"
-    assert download_command(tmp_path / "of my own") == "python model_download.py"
+    assert download_command(tmp_path / "of my own") is None
     elsewhere = tmp_path / "other disk"
     expected = f"python model_download.py --models-folder '{elsewhere}'"
     assert download_command(elsewhere / MODEL_ID) == expected

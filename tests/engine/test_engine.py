@@ -365,7 +365,7 @@ def test_a_long_prompt_does_not_hold_up_the_event_loop_nor_the_streams(tiny_mode
 
 
 def test_what_a_model_was_not_trained_for_is_refused(tiny_model: Path) -> None:
-    with pytest.raises(ValueError, match="max_model_len is 513, but the model was trained for 512"):
+    with pytest.raises(ValueError, match="--max-model-len 513: the model was trained for 512"):
         load(tiny_model, device="cpu", max_model_len=513)
 
 

@@ -482,6 +482,7 @@ HOSTILE: dict[str, tuple[bool | None, Callable[[], Any]]] = {
 
 @pytest.mark.parametrize("name", HOSTILE)
 def test_a_hostile_schema_is_refused_or_harmless(grammars: Grammars, name: str) -> None:
+    """Nor does it hold up the event loop, beside which it is followed, as much as a hundred harmless ones."""
     refused, make = HOSTILE[name]
     schema = make()
     gaps = []
@@ -492,7 +493,7 @@ def test_a_hostile_schema_is_refused_or_harmless(grammars: Grammars, name: str) 
             await asyncio.sleep(0.01)
             gaps.append(time.perf_counter() - start)
 
-    def follow() -> str | None:
+    def follow(schema: Any) -> str | None:
         """Why it is refused, if it is."""
         try:
             grammar = grammars.compile(schema)
@@ -508,15 +509,19 @@ def test_a_hostile_schema_is_refused_or_harmless(grammars: Grammars, name: str) 
     async def run() -> str | None:
         ticker = asyncio.create_task(tick())
         try:
-            return await asyncio.wait_for(asyncio.to_thread(follow), 30)
+            return await asyncio.wait_for(asyncio.to_thread(follow, schema), 30)
         finally:
             ticker.cancel()
 
+    grammars.compile(None)  # the first takes longer
+    start = time.perf_counter()
+    assert follow({"type": "string"}) is None
+    harmless = time.perf_counter() - start
     error = asyncio.run(run())
     if refused is not None:
         assert (error is not None) == refused
     assert error is None or 0 < len(error) < 500
-    assert max(gaps, default=0) < 2
+    assert max(gaps, default=0) < 100 * harmless
 
 
 def test_what_may_not_come_is_refused_when_it_comes(grammars: Grammars) -> None:

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import re
+import shlex
 import threading
 from collections.abc import Iterator
 from typing import Any
@@ -10,6 +11,8 @@ from typing import Any
 import pytest
 import requests
 
+from serving import docs
+from serving.errors import ApiError
 from tests.conftest import LONG, Server, occupied, posted, read_events, until
 
 TIME = re.compile(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d")
@@ -202,6 +205,16 @@ def test_an_error_names_the_limit(tiny_server: Server, field: str, value: object
     assert limit in tiny_server.post(prompt="a", **{field: value}).json()["error"]["message"]
 
 
+def test_a_body_in_another_encoding_is_told_which_it_must_be(tiny_server: Server) -> None:
+    """As curl in a Chinese Windows console sends, and PowerShell writes to a file."""
+    for encoding in ("gbk", "utf-16"):
+        response = requests.post(tiny_server.url, data='{"prompt": "你好"}'.encode(encoding), timeout=60)
+        assert response.status_code == 400
+        assert "must be UTF-8" in response.json()["error"]["message"]
+    response = requests.post(tiny_server.url, data='{"prompt": "你好'.encode(), timeout=60)
+    assert "not JSON" in response.json()["error"]["message"]
+
+
 def test_a_prompt_that_does_not_fit_is_refused_with_both_numbers(tiny_server: Server) -> None:
     response = tiny_server.post(prompt="x" * 600)
     assert response.status_code == 400
@@ -228,6 +241,17 @@ def test_routes_that_are_not_there(
     assert response.json()["error"]["code"] == code
 
 
+def test_each_status_has_a_code_that_is_the_same_on_every_python() -> None:
+    codes = {
+        400: "bad_request", 401: "unauthorized", 404: "not_found", 405: "method_not_allowed",
+        408: "request_timeout", 413: "request_entity_too_large", 422: "unprocessable_entity",
+        429: "too_many_requests", 500: "internal_server_error", 503: "service_unavailable",
+        504: "gateway_timeout",
+    }  # fmt: skip
+    assert set(codes) == {405, *docs.ERRORS, *docs.OPENAI_ERRORS}
+    assert {status: ApiError(status, "").body.error.code for status in codes} == codes
+
+
 def test_a_body_that_is_too_large_is_refused(tiny_server: Server) -> None:
     response = tiny_server.post(prompt="x" * 200_000)
     assert response.status_code == response.json()["status"] == 413
@@ -251,6 +275,9 @@ def test_a_full_queue_refuses_and_says_when_to_come_back(slow_server: Server) ->
     assert [response.status_code for response in refused] == [429, 429]
     assert all(int(response.headers["Retry-After"]) >= 1 for response in refused)
     assert all(response.json()["error"]["type"] == "rate_limit_error" for response in refused)
+    for request_id in (response.headers["X-Request-ID"] for response in refused):
+        line = log_line(slow_server, request_id)
+        assert re.search(rf"^[\d-]+ [\d:,]+ INFO {request_id} status=429 reason=queue_full$", line)
     assert slow_server.post(prompt="x", max_tokens=1).status_code == 200
 
 
@@ -302,6 +329,18 @@ def test_the_history_is_part_of_the_prompt(server: Server) -> None:
 def test_health(server: Server) -> None:
     response = requests.get(f"{server.url}/health", timeout=30)
     assert (response.status_code, response.json()["status"]) == (200, "ok")
+
+
+@pytest.mark.parametrize("host", [None, "localhost:8001", "llama.example.com", "[::1]:8001", "$(id)"])
+def test_the_command_that_is_told_asks_the_server_where_its_reader_found_it(
+    server: Server, host: str | None
+) -> None:
+    headers = {"Host": host} if host else {}
+    told = shlex.split(requests.get(server.url, headers=headers, timeout=30).json()["ask"])
+    assert told == ["curl", "-X", "POST", f"http://{host}/" if host else f"{server.url}/", "-d", told[-1]]
+    assert requests.post(server.url, data=told[-1].encode(), timeout=60).status_code == 200
+    if host == "$(id)":
+        assert "'http://$(id)/'" in requests.get(server.url, headers=headers, timeout=30).json()["ask"]
 
 
 @pytest.mark.parametrize("path", ["/", "/health"])

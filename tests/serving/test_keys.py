@@ -11,6 +11,7 @@ from typing import Any
 import openai
 import pytest
 import requests
+from openapi_spec_validator import validate
 
 from client import CompletionError, get_completion, stream_completion
 from serving.settings import Settings
@@ -104,11 +105,11 @@ def test_a_key_in_the_url_is_none(keyed: KeyedServer) -> None:
     assert keyed.get(f"/v1/models?api_key={ALICE}&key={ALICE}", None).status_code == 401
 
 
-def test_every_route_but_health_and_the_page_needs_a_key(keyed: KeyedServer) -> None:
-    routes = keyed.get("/openapi.json", ALICE).json()["paths"]
+def test_every_route_but_health_and_the_pages_needs_a_key(keyed: KeyedServer) -> None:
+    routes = keyed.get("/openapi.json", None).json()["paths"]
     asked = {(method.upper(), path.format(name="demo")) for path, item in routes.items() for method in item}
     assert {("POST", "/"), ("POST", "/v1/chat/completions"), ("GET", "/metrics")} <= asked
-    asked |= {("GET", "/docs"), ("GET", "/redoc"), ("GET", "/openapi.json"), ("GET", "/nowhere")}
+    asked |= {("GET", "/redoc"), ("GET", "/nowhere"), ("GET", "/docs/"), ("GET", "/docs/../metrics")}
     asked |= {("POST", "//"), ("GET", "/health/"), ("GET", "/docs/oauth2-redirect"), ("PUT", "/")}
     asked |= {("GET", "/v1"), ("GET", "/%2e/v1/models"), ("GET", "/health/../v1/models")}
     for method, path in asked - {("GET", "/"), ("GET", "/health")}:
@@ -120,6 +121,26 @@ def test_every_route_but_health_and_the_page_needs_a_key(keyed: KeyedServer) -> 
     assert keyed.get("/health", None).json() == {"status": "ok"}
     assert keyed.get("/", None).status_code == 200
     assert "<html" in keyed.get("/", None, Accept="text/html").text
+    assert "<html" in keyed.get("/docs", None).text
+
+
+def test_the_docs_ask_for_a_key_where_one_is_needed(keyed: KeyedServer, server: Server) -> None:
+    described = keyed.get("/openapi.json", None).json()
+    validate(described)
+    [(name, scheme)] = described["components"]["securitySchemes"].items()
+    assert scheme == {"type": "http", "scheme": "bearer"}
+    asks = {
+        (method, path): operation.get("security")
+        for path, operations in described["paths"].items()
+        for method, operation in operations.items()
+    }
+    assert {operation for operation, needed in asks.items() if not needed} == {
+        ("get", "/"),
+        ("get", "/health"),
+    }
+    assert all(needed in (None, [{name: []}]) for needed in asks.values())
+    open_to_all = requests.get(f"{server.url}/openapi.json", timeout=60).text
+    assert '"security' not in open_to_all
 
 
 def test_the_body_of_who_has_no_key_is_not_even_read(keyed: KeyedServer) -> None:
@@ -163,8 +184,10 @@ def test_who_has_no_key_is_counted(keyed: KeyedServer) -> None:
 
     before = count()
     assert keyed.get("/metrics", None).status_code == 401
-    assert keyed.ask(None).status_code == 401
+    refused = keyed.ask(None)
+    assert refused.status_code == 401
     assert count() == before + 2
+    assert f"{refused.headers['X-Request-ID']} status=401 reason=key\n" in keyed.log
 
 
 def test_our_client(keyed: KeyedServer, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -86,6 +86,8 @@ def test_an_answer_that_takes_too_long_ends_with_504_and_leaves_nothing(
         for response in (future.result() for future in unary):
             assert response.status_code == response.json()["status"] == 504
             assert response.json()["error"]["message"] == "the answer took longer than 0.5 s"
+            [line] = [each for each in server.log.splitlines() if response.headers["X-Request-ID"] in each]
+            assert line.endswith("finish_reason=error")
     assert events[-1]["status"] == 504
     assert events[-1]["error"]["code"] == "gateway_timeout"
     until(lambda: in_use(read_metrics(server.url)) == 0)

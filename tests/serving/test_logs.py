@@ -55,6 +55,40 @@ def test_content_is_there_when_it_is_asked_for(short_server: Server) -> None:
     assert (line["prompt"], line["response"]) == (prompt, response.json()["response"])
 
 
+@pytest.mark.parametrize(
+    ("method", "path", "body", "status", "reason"),
+    [
+        ("POST", "/", b"{", 400, "invalid"),
+        ("POST", "/", b'{"prompt": "secret", "stop": 5}', 422, "invalid"),
+        ("POST", "/", b'{"prompt": "secret%b"}' % (b"x" * 600), 400, "too_long"),
+        ("POST", "/", b'{"prompt": "secret%b"}' % (b"x" * 200_000), 413, "too_large"),
+        ("POST", "/v1/completions", b'{"model": "secret", "prompt": "a"}', 404, "not_found"),
+        ("GET", "/secret", b"", 404, "not_found"),
+        ("PUT", "/", b"", 405, "invalid"),
+    ],
+)
+def test_a_refused_request_has_one_line_with_the_reason(
+    tiny_server: Server, method: str, path: str, body: bytes, status: int, reason: str
+) -> None:
+    response = requests.request(method, tiny_server.url + path, data=body, timeout=60)
+    assert response.status_code == status
+    line = line_of(tiny_server, response.headers["X-Request-ID"])
+    assert list(line) == ["time", "level", "logger", "message", "request_id", "status", "reason"]
+    assert (line["level"], line["message"], line["status"], line["reason"]) == (
+        "INFO", "refused", status, reason
+    )  # fmt: skip
+    assert tiny_server.log.count(line["request_id"]) == 1
+    assert "secret" not in tiny_server.log
+
+
+def test_a_probe_that_is_refused_has_none(tiny_server: Server) -> None:
+    health, other = (
+        requests.put(tiny_server.url + path, timeout=60).headers["X-Request-ID"] for path in ("/health", "/")
+    )
+    line_of(tiny_server, other)
+    assert health not in tiny_server.log
+
+
 def test_an_exception_is_one_line() -> None:
     try:
         raise ValueError("of two\nlines")
