@@ -100,9 +100,8 @@ def model_type(model: Path) -> str:
 
 def trained_context(model: Path) -> int:
     """The most tokens that the model was trained for."""
-    return int(
-        _read_json(model / "config.json").get("max_position_embeddings", 2048)
-    )  # transformers' default
+    config = _read_json(model / "config.json")
+    return int(config.get("max_position_embeddings", 2048))  # as transformers does where it is not said
 
 
 def shard_names(model: Path) -> list[str]:
