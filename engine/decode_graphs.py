@@ -18,6 +18,8 @@ log = logging.getLogger("llama.engine")
 
 _REPLAYS = 20
 """Of a step that is timed."""
+_MANY = 128
+"""Tokens with which a step takes longer for each that is added; with fewer it takes what reading takes."""
 
 
 class DecodeInputs:
@@ -98,7 +100,7 @@ class DecodeInputs:
 
 
 class DecodeGraphs:
-    """The forward pass of a decode step, captured for 1, 2, 4, 8, ... tokens."""
+    """The forward pass of a decode step, captured for some numbers of tokens."""
 
     def __init__(self, model: Llama, inputs: DecodeInputs, *, max_num_seqs: int) -> None:
         """
@@ -164,5 +166,8 @@ def _milliseconds(replay: Callable[[], Tensor]) -> float:
 
 
 def padded_sizes(max_num_seqs: int) -> list[int]:
-    """The numbers of tokens for which there are graphs: each needs no more than twice its own work."""
-    return [*(1 << n for n in range((max_num_seqs - 1).bit_length())), max_num_seqs]
+    """The numbers of tokens for which there are graphs. No step is padded to twice its tokens, and none of many
+    to half as many again."""
+    powers = [1 << n for n in range(max_num_seqs.bit_length())]
+    between = [3 * size // 2 for size in powers if size >= _MANY]
+    return sorted({size for size in powers + between if size < max_num_seqs} | {max_num_seqs})
