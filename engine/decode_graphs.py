@@ -166,7 +166,7 @@ def _milliseconds(replay: Callable[[], Tensor]) -> float:
 
 
 def padded_sizes(max_num_seqs: int) -> list[int]:
-    """The numbers of tokens for which there are graphs. No step is padded to twice its tokens, and none of many
+    """The numbers of tokens for which there are graphs: no step is padded to twice its tokens, none of many
     to half as many again."""
     powers = [1 << n for n in range(max_num_seqs.bit_length())]
     between = [3 * size // 2 for size in powers if size >= _MANY]
