@@ -16,7 +16,6 @@ import itertools
 import json
 import sys
 import time
-from collections.abc import Sequence as Seq
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -57,10 +56,10 @@ class FakeRunner:
             self._tensor.add_(1)
         self._ends = max(time.perf_counter(), self._ends) + self._step_seconds
 
-    def finish(self, batch: list[Chunk], ahead: Seq[Chunk] = ()) -> None:
+    def finish(self, batch: list[Chunk], ahead: list[Chunk]) -> None:
         ends = self._ends
         if ahead:
-            self.launch(list(ahead))
+            self.launch(ahead)
         if (left := ends - time.perf_counter()) > 0:
             time.sleep(left)
         sampling = [chunk.sequence for chunk in batch if chunk.samples]

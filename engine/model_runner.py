@@ -1,7 +1,6 @@
 """The step: a batch in, token ids out. What is particular to a device is decided here."""
 
 import sys
-from collections.abc import Sequence as Seq
 from itertools import accumulate, chain, groupby
 from pathlib import Path
 
@@ -117,7 +116,7 @@ class ModelRunner:
         self._logits = self._forward(batch) if self._on_cuda else None
 
     @torch.inference_mode()
-    def finish(self, batch: list[Chunk], ahead: Seq[Chunk] = ()) -> None:
+    def finish(self, batch: list[Chunk], ahead: list[Chunk] | None = None) -> None:
         """Ends the step that was launched. Each sequence of a chunk that samples gets its next token, and one
         more for each draft that is right; or the reason why none could be drawn.
 
@@ -127,7 +126,7 @@ class ModelRunner:
                 for. Only where the runner runs ahead.
         """
         logits = self._forward(batch) if self._logits is None else self._logits
-        self._sample(logits, {chunk: self._rows[chunk] for chunk in batch if chunk.samples}, list(ahead))
+        self._sample(logits, {chunk: self._rows[chunk] for chunk in batch if chunk.samples}, ahead)
 
     def run(self, batch: list[Chunk]) -> None:
         """Computes a step."""
@@ -139,7 +138,7 @@ class ModelRunner:
         if self._on_cuda:
             torch.cuda.synchronize()
 
-    def _sample(self, logits: Tensor, rows: dict[Chunk, int], ahead: list[Chunk]) -> None:
+    def _sample(self, logits: Tensor, rows: dict[Chunk, int], ahead: list[Chunk] | None) -> None:
         """Draws the token behind each chunk. Where it is the one that was guessed, the logits of the next are
         there too: it is drawn as if it had come in a step of its own.
 
@@ -217,14 +216,14 @@ class ModelRunner:
     def _contexts(self, chunks: list[Chunk], start: int) -> Contexts:
         """Of chunks of one token, whose rows begin at `start`."""
         sequences = [chunk.sequence for chunk in chunks]
+        # int32, as graphs have them: for another type, CUDA's kernels would be compiled anew.
         tables = pad_sequence(
-            [self._tensor(s.block_table[: s.num_computed // BLOCK_SIZE + 1]) for s in sequences],
+            [self._tensor(s.block_table[: s.num_computed // BLOCK_SIZE + 1], torch.int) for s in sequences],
             batch_first=True,
             padding_value=self._idle_block,
         )
-        lens = self._tensor([sequence.num_computed + 1 for sequence in sequences])
-        # As graphs have them: for another type, CUDA's kernels would be compiled anew when it first comes.
-        return Contexts(slice(start, start + len(chunks)), tables.int(), lens.int())
+        lens = self._tensor([sequence.num_computed + 1 for sequence in sequences], torch.int)
+        return Contexts(slice(start, start + len(chunks)), tables, lens)
 
     def _span(self, chunk: Chunk, start: int) -> Span:
         """Of a chunk of several tokens, whose rows begin at `start`."""
@@ -236,8 +235,8 @@ class ModelRunner:
             causal_mask(num_queries, context_len, self._device),
         )
 
-    def _tensor(self, values: list[int]) -> Tensor:
-        return on_device(values, self._device)
+    def _tensor(self, values: list[int], dtype: torch.dtype = torch.long) -> Tensor:
+        return on_device(values, self._device, dtype)
 
 
 def _first_rows(batch: list[Chunk]) -> dict[Chunk, int]:

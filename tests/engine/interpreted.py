@@ -9,7 +9,6 @@ It changes torch, so it is a process of its own:
 import json
 import os
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,18 +16,13 @@ from typing import Any
 os.environ["TRITON_INTERPRET"] = "1"
 
 import torch
-from torch import Tensor
 
 from engine import decode_graphs, llama
 from engine.decode_graphs import DecodeGraphs
 from engine.model_runner import ModelRunner, load_model
 from engine.sequence import SamplingParams, Sequence
+from tests.engine.test_ahead import PlainGraphs
 from tests.engine.test_same_tokens import run_together
-
-
-def record(self: DecodeGraphs, size: int, *, alone: bool = False) -> Callable[[], Tensor]:
-    logits = self._inputs.forward(self._model, size, alone=alone)
-    return lambda: logits.copy_(self._inputs.forward(self._model, size, alone=alone))
 
 
 def pretend_to_be_cuda() -> None:
@@ -40,7 +34,7 @@ def pretend_to_be_cuda() -> None:
         (torch.cuda, "Event", lambda: SimpleNamespace(record=lambda: None, synchronize=lambda: None)),
         (torch.cuda, "get_device_properties", lambda device: SimpleNamespace(multi_processor_count=4)),
         (ModelRunner, "_on_cuda", property(lambda runner: True)),
-        (DecodeGraphs, "_record", record),
+        (DecodeGraphs, "_record", PlainGraphs._record),
         (decode_graphs, "_milliseconds", lambda replay: next(times)),
     ]
     for owner, name, value in patches:

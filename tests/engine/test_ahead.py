@@ -17,11 +17,11 @@ from torch.overrides import TorchFunctionMode
 
 from engine.decode_graphs import DecodeGraphs, DecodeInputs
 from engine.engine import Engine
-from engine.generation import Delta, GenerationError
+from engine.generation import GenerationError
 from engine.model_runner import ModelRunner
 from engine.scheduler import Chunk
 from engine.sequence import BLOCK_SIZE, SamplingParams, Sequence
-from tests.engine.test_engine import all_blocks_are_back, ask, run, running, text, until, user
+from tests.engine.test_engine import all_blocks_are_back, ask, run, running, spoiled, text, until, user
 from tests.engine.test_prompt_lookup import CASES, DRAWN, FEW, check_same
 from tests.engine.test_same_tokens import (
     assert_same_tokens,
@@ -37,8 +37,11 @@ class PlainGraphs(DecodeGraphs):
     """Computes what a graph would repeat. As with a graph, the logits are overwritten by the next run."""
 
     def _capture(self, size: int) -> Callable[[], Tensor]:
-        logits = self._inputs.forward(self._model, size)
-        return lambda: logits.copy_(self._inputs.forward(self._model, size))
+        return self._record(size)
+
+    def _record(self, size: int, *, alone: bool = False) -> Callable[[], Tensor]:
+        logits = self._inputs.forward(self._model, size, alone=alone)
+        return lambda: logits.copy_(self._inputs.forward(self._model, size, alone=alone))
 
 
 @torch.inference_mode()
@@ -86,15 +89,15 @@ async def answers(model: Path, params: SamplingParams, schema: dict[str, Any] | 
             engine._runner._graphs = None
         grammar = await engine.compile(schema) if schema else None
 
-        async def ask_one(number: int) -> list[Delta]:
-            asked = replace(params, seed=number, max_tokens=params.max_tokens - 5 * number)
-            generation = await engine.generate(user(f"say it {'again ' * number}"), asked, grammar=grammar)
-            try:
-                return [delta async for delta in generation]
-            finally:
-                generation.close()
-
-        found = await asyncio.gather(*map(ask_one, range(6)))
+        found = await asyncio.gather(*(
+            ask(
+                engine,
+                f"say it {'again ' * number}",
+                replace(params, seed=number, max_tokens=params.max_tokens - 5 * number),
+                grammar,
+            )
+            for number in range(6)
+        ))  # fmt: skip
         await until(lambda: all_blocks_are_back(engine))
         return found, sum(sizes)
 
@@ -227,13 +230,7 @@ def test_who_ends_by_surprise_leaves_no_trace(tiny_model: Path) -> None:
         async with running_ahead(tiny_model, max_num_seqs=16) as (engine, sizes):
             expected = text(await ask(engine, "good"))
             sample = engine._runner._sampler.sample
-
-            def unreliable(logits: Any, sequences: Any) -> Any:
-                logits = logits.clone()
-                logits[[generator.random() < 0.003 for _ in sequences]] = float("nan")
-                return sample(logits, sequences)
-
-            engine._runner._sampler.sample = unreliable  # type: ignore[method-assign]
+            engine._runner._sampler.sample = spoiled(engine, generator, 0.003)  # type: ignore[method-assign]
             await asyncio.gather(*(client(engine, n) for n in range(120)))
             await until(lambda: all_blocks_are_back(engine))
             assert min(ended.values()) > 0

@@ -22,6 +22,7 @@ from engine.generation import (
     QueueFullError,
     Usage,
 )
+from engine.grammar import Grammar
 from engine.scheduler import Chunk
 from engine.sequence import SamplingParams
 
@@ -42,8 +43,10 @@ async def running(model: Path, **options: Any) -> AsyncIterator[Engine]:
         await engine.stop()
 
 
-async def ask(engine: Engine, content: str, params: SamplingParams = GREEDY) -> list[Delta]:
-    generation = await engine.generate(user(content), params)
+async def ask(
+    engine: Engine, content: str, params: SamplingParams = GREEDY, grammar: Grammar | None = None
+) -> list[Delta]:
+    generation = await engine.generate(user(content), params, grammar=grammar)
     try:
         return [delta async for delta in generation]
     finally:
@@ -63,6 +66,18 @@ async def until(condition: Callable[[], bool]) -> None:
 def all_blocks_are_back(engine: Engine) -> bool:
     scheduler = engine._scheduler
     return scheduler.pool.num_unused == scheduler.pool.num_blocks and not scheduler.has_work
+
+
+def spoiled(engine: Engine, generator: random.Random, share: float) -> Callable[..., Any]:
+    """The engine's `Sampler.sample`, given logits that are no numbers for a share of all rows."""
+    sample = engine._runner._sampler.sample
+
+    def spoiling(logits: Any, sequences: Any) -> Any:
+        logits = logits.clone()
+        logits[[generator.random() < share for _ in sequences]] = float("nan")
+        return sample(logits, sequences)
+
+    return spoiling
 
 
 @contextmanager
@@ -327,13 +342,11 @@ def test_no_mix_of_ends_leaks_a_block(tiny_model: Path) -> None:
 
     async def scenario() -> None:
         async with running(tiny_model, kv_cache_tokens=512, max_queue=40, max_num_seqs=16) as engine:
-            sample = engine._runner._sampler.sample
+            sample = spoiled(engine, generator, 0.01)
 
             def unreliable(logits: Any, sequences: Any) -> Any:
                 if generator.random() < 0.02:
                     raise RuntimeError("this step")
-                logits = logits.clone()
-                logits[[generator.random() < 0.01 for _ in sequences]] = float("nan")
                 return sample(logits, sequences)
 
             engine._runner._sampler.sample = unreliable  # type: ignore[method-assign]

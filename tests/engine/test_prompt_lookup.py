@@ -11,7 +11,7 @@ import pytest
 from engine.generation import Delta
 from engine.prompt_lookup import PromptLookup
 from engine.sequence import SamplingParams
-from tests.engine.test_engine import all_blocks_are_back, recorded, run, running, until, user
+from tests.engine.test_engine import all_blocks_are_back, ask, recorded, run, running, until
 from tests.engine.test_same_tokens import (
     assert_same_tokens,
     generate,
@@ -91,17 +91,11 @@ async def answers(model: Path, params: SamplingParams, schema: dict[str, Any] | 
     async with running(model, **options) as engine:
         grammar = await engine.compile(schema) if schema else None
 
-        async def ask(number: int) -> list[Delta]:
-            generation = await engine.generate(
-                user("say it again, again, again: again"), replace(params, seed=number), grammar=grammar
-            )
-            try:
-                return [delta async for delta in generation]
-            finally:
-                generation.close()
-
         with recorded(engine) as steps:
-            found = await asyncio.gather(*map(ask, range(3)))
+            found = await asyncio.gather(*(
+                ask(engine, "say it again, again, again: again", replace(params, seed=number), grammar)
+                for number in range(3)
+            ))  # fmt: skip
         await until(lambda: all_blocks_are_back(engine))
         return found, len(steps), engine.stats.right_drafts
 
