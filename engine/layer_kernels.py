@@ -56,7 +56,8 @@ def silu_mul(gate_up: Tensor) -> Tensor:
     """
     num_tokens, size = gate_up.shape[0], gate_up.shape[1] // 2
     output = torch.empty(num_tokens, size, dtype=gate_up.dtype, device=gate_up.device)
-    _silu_mul[(num_tokens, triton.cdiv(size, _CHANNELS))](gate_up, output, size, CHANNELS=_CHANNELS)
+    if num_tokens:
+        _silu_mul[(num_tokens, triton.cdiv(size, _CHANNELS))](gate_up, output, size, CHANNELS=_CHANNELS)
     return output
 
 

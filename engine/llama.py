@@ -78,10 +78,11 @@ class Llama(nn.Module):
         delta = self.embedding(token_ids)
         residual = torch.zeros_like(delta)
         cos, sin = self.cos[positions], self.sin[positions]
+        last = self.layers[-1]
         for layer, cache in zip(self.layers, batch.kv_cache, strict=True):
-            residual, delta = layer(residual, delta, cos, sin, batch, cache, alone=alone)
-        if kept is not None:
-            residual, delta = residual[kept], delta[kept]
+            # Of most of a prompt, the last layer's keys and values are wanted, and nothing else of it.
+            rows = kept if layer is last else None
+            residual, delta = layer(residual, delta, cos, sin, batch, cache, rows, alone=alone)
         _, logits = norm_linear(residual, delta, self.norm, self.head, alone=alone)
         return logits.float()
 
@@ -117,6 +118,7 @@ class Layer(nn.Module):
         sin: Tensor,
         batch: AttentionBatch,
         cache: Tensor,
+        kept: Tensor | None,
         *,
         alone: bool,
     ) -> tuple[Tensor, Tensor]:
@@ -126,15 +128,17 @@ class Layer(nn.Module):
             delta: [tokens, hidden_size], what the layer before has computed.
             cos, sin: as in rotate_and_store.
             cache: this layer's, as in AttentionBatch.
-            alone: as in Llama.forward.
+            kept, alone: as in Llama.forward.
 
         Returns:
-            The residual stream, and what is to be added to it next.
+            Of the tokens that are kept, the residual stream, and what is to be added to it next.
         """
         residual, heads = norm_linear(residual, delta, self.attention_norm, self.qkv, alone=alone)
         heads = heads.view(len(delta), -1, self._head_dim)
         queries = rotate_and_store(heads, cos, sin, batch.slots, cache)
         attended = attend(queries, cache, batch, self._scaling).flatten(1)
+        if kept is not None:
+            residual, attended = residual[kept], attended[kept]
         delta = linear(attended, self.output, alone=alone)
         residual, gate_up = norm_linear(residual, delta, self.mlp_norm, self.gate_up, alone=alone)
         return residual, silu_linear(gate_up, self.down, alone=alone)
