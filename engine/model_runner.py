@@ -24,11 +24,13 @@ def choose_device(name: str) -> torch.device:
     """The device that "auto", "cuda" or "cpu" means on this machine.
 
     Raises:
-        ValueError: if there is a GPU that torch can't use, or none where one was asked for.
+        ValueError: if there is a GPU that torch can't use, or none where one was asked for; or if kernels
+            for it can't be compiled.
     """
     if name == "cpu":
         return torch.device("cpu")
     if torch.cuda.is_available():
+        _check_triton()
         return torch.device("cuda")
     if Path("/proc/driver/nvidia").exists():
         raise ValueError(
@@ -39,6 +41,20 @@ def choose_device(name: str) -> torch.device:
     if name == "cuda":
         raise ValueError("--device cuda: there is no GPU here")
     return torch.device("cpu")
+
+
+def _check_triton() -> None:
+    try:
+        from triton.runtime import driver
+
+        driver.active.get_current_target()  # for which it compiles a part of itself
+    except Exception as error:
+        reason = " ".join(str(error).split()).rstrip(".")
+        raise ValueError(
+            f"kernels for the GPU can't be compiled: {reason}. Triton does it, which comes with torch for "
+            "CUDA on Linux, and needs a C compiler and Python's headers (on Debian and Ubuntu: apt install "
+            "gcc python3-dev); --device cpu serves without the GPU"
+        ) from error
 
 
 def choose_dtype(name: str, device: torch.device) -> torch.dtype:

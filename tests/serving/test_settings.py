@@ -37,6 +37,16 @@ def test_a_flag_wins_over_its_variable_and_that_over_the_default(monkeypatch: py
     assert (settings.port, settings.model, settings.log_content) == (7002, "demo", True)
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="where there is a GPU, they can be compiled for it")
+def test_a_gpu_that_kernels_cant_be_compiled_for_is_told_before_weights_are_read(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    with pytest.raises(ValueError, match=r"apt install gcc python3-dev\); --device cpu"):
+        check(DEMO_MODEL, "auto")
+    check(DEMO_MODEL, "cpu")
+
+
 def test_help_names_every_setting_and_its_meaning() -> None:
     shown = " ".join(api("--help").stdout.split())
     for name, field in Settings.model_fields.items():
