@@ -136,7 +136,8 @@ def measure_generate(model: Any, args: argparse.Namespace) -> dict[str, float]:
 
 
 def measure_continuous_batching(model: Any, args: argparse.Namespace) -> dict[str, float]:
-    """transformers' own, with all requests at once, and as much memory as it takes by itself on a GPU."""
+    """transformers' own, with all requests at once, and as much memory as it takes by itself on a GPU. It
+    leaves out the repetition penalty."""
     config = GenerationConfig(
         max_new_tokens=args.batching_output_tokens,
         do_sample=True,
@@ -149,13 +150,15 @@ def measure_continuous_batching(model: Any, args: argparse.Namespace) -> dict[st
     if args.device == "cpu":
         blocks = len(prompts) * -(-(args.prompt_tokens + args.batching_output_tokens) // 256)
         options["continuous_batching_config"] = ContinuousBatchingConfig(num_blocks=2 * blocks + 2)
-    model.generate_batch(prompts, **options)  # warms up
     answers: dict[str, Any] = {}
-    duration = timed(lambda: answers.update(model.generate_batch(prompts, **options)), args.device)
+    try:
+        model.generate_batch(prompts, **options)  # warms up
+        duration = timed(lambda: answers.update(model.generate_batch(prompts, **options)), args.device)
+    finally:  # it keeps its cache otherwise
+        model.destroy_cached_continuous_batching_manager()
     tokens = sum(len(answer.generated_tokens) for answer in answers.values())
     if tokens != len(prompts) * args.batching_output_tokens:
         raise RuntimeError(f"it made {tokens} tokens of {len(prompts) * args.batching_output_tokens}")
-    model.destroy_cached_continuous_batching_manager()
     return work_result(args.batching_clients, args.batching_output_tokens, duration)
 
 
@@ -185,6 +188,8 @@ def make_runner(llama: Llama, args: argparse.Namespace) -> tuple[ModelRunner, in
     needed = max(max_num_seqs * (longest + BLOCK_SIZE), *(n + BLOCK_SIZE for n in args.prefill))
     fit = kv_tokens_that_fit(llama, args.max_batch_tokens, max_num_seqs, args.gpu_memory_utilization)
     num_blocks = min(needed, fit) // BLOCK_SIZE
+    if num_blocks == 0:
+        raise SystemExit("no memory is left for the KV cache")
     runner = ModelRunner(llama, num_blocks=num_blocks, max_num_seqs=max_num_seqs)
     if args.device == "cuda":
         runner.capture_graphs(max_num_seqs, MAX_MODEL_LEN)
@@ -229,9 +234,10 @@ def measure_steps(
 
 def measure_prefill(runner: ModelRunner, num_tokens: int, args: argparse.Namespace) -> float:
     """The median seconds of the steps in which a prompt is computed, in chunks as the scheduler cuts them."""
+    prompt = random.Random(0).choices(range(args.vocab_size), k=num_tokens)
 
     def prefill() -> None:
-        sequence = Sequence([0] * num_tokens, SamplingParams(**SAMPLING), row=0)
+        sequence = Sequence(list(prompt), SamplingParams(**SAMPLING), row=0)
         sequence.block_table = list(range(-(-num_tokens // BLOCK_SIZE)))
         while sequence.num_output_tokens == 0:
             chunk = Chunk(sequence, min(sequence.num_pending, args.max_batch_tokens))
@@ -418,7 +424,10 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--batching-output-tokens", type=int, default=256, help="of each, against the other")
     parser.add_argument("--probe-mib", type=int, default=4096, help="of the copy and the reductions")
     parser.add_argument("--matmul", type=int, default=8192, help="rows and columns of the matrices")
-    return parser.parse_args()
+    args = parser.parse_args()
+    if max(max(args.context) + WARM_UP_STEPS + args.steps, *args.prefill) > MAX_MODEL_LEN:
+        parser.error(f"--context with --steps, --prefill: at most {MAX_MODEL_LEN} tokens")
+    return args
 
 
 def main() -> None:

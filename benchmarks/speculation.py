@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.decode import MAX_MODEL_LEN, circumstances, make_engine, make_model
+from benchmarks.decode import MAX_MODEL_LEN, circumstances, free_memory, make_engine, make_model
 from engine.block_pool import BlockPool
 from engine.engine import max_drafted_tokens
 from engine.llama import Llama
@@ -107,9 +107,9 @@ def measure(runner: ModelRunner, speculate: int, args: argparse.Namespace) -> di
     for seed in range(args.repetitions):
         plain.append(answer(runner, 0, seed, args))
         guessed.append(answer(runner, speculate, seed, args))
-    if any(one["token_ids"] != other["token_ids"] for one, other in zip(plain, guessed, strict=True)):
+    equal = [one["token_ids"] == other["token_ids"] for one, other in zip(plain, guessed, strict=True)]
+    if args.dtype == "float32" and not all(equal):  # bfloat16 rounds so much that a draw may become another
         raise RuntimeError("an answer with guesses is another than without")
-
     slow, quick = (
         statistics.median(each["tokens_per_s"] for each in answers) for answers in (plain, guessed)
     )
@@ -122,6 +122,7 @@ def measure(runner: ModelRunner, speculate: int, args: argparse.Namespace) -> di
         "gain": quick / slow,
         "right_of_drafts": right / drafts if drafts else None,
         "tokens_per_step": tokens / (tokens - right),
+        "equal_answers": statistics.mean(equal),
     }
 
 
@@ -163,6 +164,8 @@ def main() -> None:
                 f"{row['tokens_per_s']:.1f}  {row['gain']:.2f}  {right:>13}  {row['tokens_per_step']:.2f}",
                 flush=True,
             )
+        del runner  # before the next model is made
+        free_memory(args.device)
     result = {
         **circumstances(args),
         "rows": rows,

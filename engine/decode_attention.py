@@ -33,7 +33,8 @@ def decode_attention(
     num_seqs, num_heads, head_dim = query.shape
     _, block_size, _, num_kv_heads, _ = blocks.shape
     group = num_heads // num_kv_heads
-    splits = splits or choose_splits(num_seqs * num_kv_heads, query.device)
+    # By the sizes that graphs have, so that a step without one needs no kernel but theirs.
+    splits = splits or choose_splits(triton.next_power_of_2(num_seqs) * num_kv_heads, query.device)
     output = torch.empty(query.shape, dtype=query.dtype, device=query.device)
     parts, stats = output, None
     if splits > 1:

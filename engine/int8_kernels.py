@@ -14,7 +14,7 @@ from torch import Tensor
 from engine.decode_attention import choose_splits
 
 _MANY = 64
-"""Tokens beyond which the weights are multiplied as long as they are read: there is no need to split."""
+"""Tokens beyond which the weights are multiplied for longer than they are read: in larger tiles."""
 _MOST_SPLITS = 16
 _CHANNELS = 1024
 """Of a token, added by a program."""
@@ -44,7 +44,7 @@ def linear(
     programs = triton.cdiv(size_out, rows)
     if splits is None:
         steps = triton.next_power_of_2(triton.cdiv(size_in, columns))
-        splits = 1 if is_many else min(choose_splits(programs, x.device), steps, _MOST_SPLITS)
+        splits = min(choose_splits(programs * triton.cdiv(tokens, padded), x.device), steps, _MOST_SPLITS)
     parts = (
         torch.empty(splits, tokens, size_out, dtype=torch.float32, device=x.device) if splits > 1 else output
     )

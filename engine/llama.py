@@ -5,6 +5,7 @@ alone, those of keys and values are too small to keep a processor busy. What lie
 one function of `engine.ops`.
 """
 
+import logging
 from typing import Any
 
 import torch
@@ -16,6 +17,11 @@ from engine.attention import AttentionBatch, attend
 from engine.int8_linear import Int8Linear
 from engine.ops import linear, norm_linear, rotate_and_store, silu_linear
 from engine.packed_linear import PackedLinear, can_pack
+
+log = logging.getLogger("llama.engine")
+
+_LAYERS_TOLD = 8
+"""After so many of them the log says how far loading is."""
 
 
 class Llama(nn.Module):
@@ -44,16 +50,20 @@ class Llama(nn.Module):
             raise ValueError(f"the model's activation is {self.config.hidden_act}; only silu is computed")
         self.device = device or model.device
         self.dtype = dtype or model.dtype
-        self.head = join(model.lm_head, int8=int8).to(self.device, self.dtype)
+        # First: where the head has the same weights, they have moved with it.
         self.embedding: Any = model.model.embed_tokens.to(self.device, self.dtype)
+        self.head = join(model.lm_head, int8=int8).to(self.device, self.dtype)
         self.cos: Tensor
         self.sin: Tensor
         for name, table in zip(("cos", "sin"), rotary_tables(model), strict=True):
             self.register_buffer(name, table.to(self.device, self.dtype), persistent=False)
         self.layers = nn.ModuleList()
+        num_layers = len(model.model.layers)
         while model.model.layers:
             layer = Layer(model.model.layers.pop(0), int8=int8)
             self.layers.append(layer.to(self.device, self.dtype))
+            if len(self.layers) % _LAYERS_TOLD == 0:
+                log.info("%d of %d layers are loaded", len(self.layers), num_layers)
         self.norm: Any = model.model.norm.to(self.device, self.dtype)
 
     def forward(

@@ -1,17 +1,18 @@
 """The step: a batch in, token ids out. What is particular to a device is decided here."""
 
 import sys
+from collections.abc import Sequence as Seq
 from itertools import accumulate, chain, groupby
 from pathlib import Path
+from typing import Any
 
 import psutil
 import torch
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 from transformers import LlamaForCausalLM
 
 from engine.attention import AttentionBatch, Contexts, Span, causal_mask
-from engine.decode_graphs import DecodeGraphs, DecodeInputs
+from engine.decode_graphs import DecodeGraphs, DecodeInputs, padded_sizes
 from engine.llama import Llama
 from engine.sampler import Sampler, on_device
 from engine.scheduler import Chunk
@@ -67,12 +68,12 @@ def choose_dtype(name: str, device: torch.device) -> torch.dtype:
 
 def load_model(model: Path, device: torch.device, dtype: torch.dtype, *, int8: bool = False) -> Llama:
     """Loads the Llama in the folder `model` onto a device, if asked with weights of int8."""
-    # Those are made on the CPU, layer by layer, of weights that stay on disk until then: the device and its
-    # memory need not be large enough for what they are made of.
+    # Weights stay on disk until their layer is made of them, and go to the device then: it need not be large
+    # enough for what they are made of, and nothing that is left of this takes room from the KV cache.
     loaded = LlamaForCausalLM.from_pretrained(
         model,
-        dtype="auto" if int8 else dtype,
-        device_map={"": "cpu" if int8 else device},
+        dtype="auto" if int8 or device.type == "cuda" else dtype,
+        device_map={"": "cpu"},
         local_files_only=True,
     )
     if device.type == "cuda":
@@ -232,14 +233,16 @@ class ModelRunner:
     def _contexts(self, chunks: list[Chunk], start: int) -> Contexts:
         """Of chunks of one token, whose rows begin at `start`."""
         sequences = [chunk.sequence for chunk in chunks]
+        tables = [s.block_table[: s.num_computed // BLOCK_SIZE + 1] for s in sequences]
+        longest = max(map(len, tables))
+        padded = [table + [self._idle_block] * (longest - len(table)) for table in tables]
+        lens = [sequence.num_computed + 1 for sequence in sequences]
         # int32, as graphs have them: for another type, CUDA's kernels would be compiled anew.
-        tables = pad_sequence(
-            [self._tensor(s.block_table[: s.num_computed // BLOCK_SIZE + 1], torch.int) for s in sequences],
-            batch_first=True,
-            padding_value=self._idle_block,
+        return Contexts(
+            slice(start, start + len(chunks)),
+            self._tensor(padded, torch.int),
+            self._tensor(lens, torch.int),
         )
-        lens = self._tensor([sequence.num_computed + 1 for sequence in sequences], torch.int)
-        return Contexts(slice(start, start + len(chunks)), tables, lens)
 
     def _span(self, chunk: Chunk, start: int) -> Span:
         """Of a chunk of several tokens, whose rows begin at `start`."""
@@ -251,7 +254,7 @@ class ModelRunner:
             causal_mask(num_queries, context_len, self._device),
         )
 
-    def _tensor(self, values: list[int], dtype: torch.dtype = torch.long) -> Tensor:
+    def _tensor(self, values: Seq[Any], dtype: torch.dtype = torch.long) -> Tensor:
         return on_device(values, self._device, dtype)
 
 
@@ -286,7 +289,8 @@ def kv_tokens_that_fit(
     step = torch.cuda.max_memory_allocated() - before
     torch.cuda.empty_cache()
     free, total = torch.cuda.mem_get_info()
-    usable = int(total * gpu_memory_utilization) - (total - free) - step
+    logits = 4 * int(model.config.vocab_size) * sum(padded_sizes(max_num_seqs))  # each graph keeps its own
+    usable = int(total * gpu_memory_utilization) - (total - free) - step - logits
     return max(0, usable) // kv_bytes_per_token(model)
 
 

@@ -147,7 +147,7 @@ class Sampler:
         self._owners[row] = sequence
         if not sequence.params.penalizes:  # its tokens are counted, but what is there means nothing
             return
-        token_ids = torch.tensor(sequence.token_ids, device=self._in_prompt.device)
+        token_ids = on_device(sequence.token_ids, self._in_prompt.device)
         self._in_prompt[row] = False
         self._in_prompt[row, token_ids[: sequence.num_prompt_tokens]] = True
         output_ids = token_ids[sequence.num_prompt_tokens :]
