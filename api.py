@@ -31,7 +31,7 @@ from engine.generation import Delta, EngineDeadError
 from serving import chat_page, docs, errors, logs, metrics, openai_api
 from serving.errors import ApiError, parse
 from serving.exchange import EventStream, Exchange, RequestIds, read_whole
-from serving.limits import ApiKeys, read_body
+from serving.limits import ApiKeys, read_body, unless_client_leaves
 from serving.openai_schemas import ChatCompletionChunk, ChatCompletionRequest, CompletionRequest
 from serving.schemas import ChatAnswer, ChatRequest
 from serving.server import bind, serve
@@ -87,7 +87,8 @@ async def begin(request: Request, chat: ChatRequest) -> Exchange:
     engine: Engine = request.app.state.engine
     if "max_tokens" in chat.model_fields_set and chat.max_tokens > engine.max_model_len:
         raise ApiError(422, f"max_tokens: at most {engine.max_model_len}, the context", param="max_tokens")
-    generation = await engine.generate(chat.messages, chat.sampling_params)
+    generating = engine.generate(chat.messages, chat.sampling_params)
+    generation = await unless_client_leaves(request.receive, generating)
     return Exchange(request, generation, chat.prompt)
 
 
@@ -135,7 +136,7 @@ async def exit_with(engine: Engine) -> None:
 def build_app(settings: Settings) -> FastAPI:
     """The app. It loads nothing until it starts."""
     logs.configure(settings.log_format)
-    app = FastAPI(title="Llama-3-8B-Instruct", version="1.0.0", lifespan=lifespan)
+    app = FastAPI(title="Llama-3-8B-Instruct", version="1.0.0", lifespan=lifespan, redoc_url=None)
     app.state.settings = settings
     if keys := settings.api_keys:
         app.add_middleware(ApiKeys, keys=keys, max_per_key=settings.requests_per_key)

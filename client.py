@@ -11,6 +11,7 @@ The server keeps no conversation: a follow-up question sends the earlier turns a
 
 import argparse
 import contextlib
+import io
 import ipaddress
 import json
 import os
@@ -218,6 +219,8 @@ def main() -> int:
     parser.add_argument("--api-key", help="the server's key (default: the variable LLAMA_API_KEY)")
     parser.add_argument("--system", help="instructions that the model follows throughout")
     args = parser.parse_args()
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # what it goes to may have no emoji
 
     history = [{"role": "system", "content": args.system}] if args.system else []
     if args.prompt is None:
@@ -229,6 +232,9 @@ def main() -> int:
         _print_answer(_stream_events(args.prompt, history, args.url, args.api_key), [])
     except CompletionError as error:
         print(f"error: {error}", file=sys.stderr)
+        return 1
+    except BrokenPipeError:  # who reads it has enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python fails as it ends
         return 1
     except KeyboardInterrupt:
         return 130  # as the shell reports a command that Ctrl-C ended

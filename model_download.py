@@ -76,7 +76,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     options = parser.parse_args(arguments)
     if not 1 <= options.parallel <= 16:
         parser.error("--parallel must be from 1 to 16")
-    if options.models_folder.exists() and not options.models_folder.is_dir():
+    if os.path.exists(options.models_folder) and not os.path.isdir(options.models_folder):
         parser.error(f"--models-folder: {options.models_folder} is not a folder")
     try:
         find_model(options.models_folder, options.model_id)

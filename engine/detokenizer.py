@@ -30,9 +30,8 @@ class TokenBytes:
     def __getitem__(self, token_id: int) -> bytes:
         known = self._known.get(token_id)
         if known is None:
-            token = (
-                self._tokenizer.id_to_token(token_id) or ""
-            )  # a model may have more ids than its tokenizer
+            # A model may have more ids than its tokenizer.
+            token = self._tokenizer.id_to_token(token_id) or ""
             known = self._known[token_id] = bytes(_BYTE_OF[character] for character in token)
         return known
 

@@ -7,6 +7,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -118,6 +119,7 @@ class Engine:
         self._runner = runner
         self._request_timeout = request_timeout
         self._generations: dict[Sequence, tuple[Generation, Choice]] = {}
+        self._num_preparing = 0
         self._idle = asyncio.Event()
         self._ended: deque[float] = deque(maxlen=_RATE_OVER)
         """When the last answers ended since the engine was idle, behind when the first of them began."""
@@ -219,8 +221,10 @@ class Engine:
 
         Raises:
             GrammarError: if the schema can't be taken.
+            QueueFullError, DrainingError, EngineDeadError: as `generate` does.
         """
-        return await asyncio.wrap_future(self._compiler.submit(self._grammars.compile, schema))
+        with self._preparing():
+            return await asyncio.wrap_future(self._compiler.submit(self._grammars.compile, schema))
 
     def _tokenize(self, prompts: list[str] | list[list[int]]) -> list[list[int]]:
         return [
@@ -228,8 +232,20 @@ class Engine:
         ]
 
     async def _encode(self, encode: Callable[[], T], texts: list[str]) -> T:
-        is_long = sum(map(len, texts)) >= LONG_TEXT
-        return await asyncio.to_thread(encode) if is_long else encode()
+        if sum(map(len, texts)) < LONG_TEXT:
+            return encode()
+        with self._preparing():
+            return await asyncio.to_thread(encode)
+
+    @contextmanager
+    def _preparing(self) -> Iterator[None]:
+        """Counts a request among those who wait while something is made for it, before it is submitted."""
+        self._check_admission(1)
+        self._num_preparing += 1
+        try:
+            yield
+        finally:
+            self._num_preparing -= 1
 
     def _submit(
         self, prompts: list[list[int]], params: SamplingParams, n: int, grammar: Grammar | None = None
@@ -283,7 +299,8 @@ class Engine:
     @property
     def _num_waiting(self) -> int:
         # Not those in the inbox and the scheduler's queue: there are some among them whose clients have left.
-        return sum(sequence.row < 0 and not sequence.is_finished for sequence in self._generations)
+        waiting = sum(sequence.row < 0 and not sequence.is_finished for sequence in self._generations)
+        return waiting + self._num_preparing
 
     def _retry_after(self, waiting: int) -> int:
         """Seconds until those who wait will have been served, at the rate of late."""
@@ -455,11 +472,10 @@ def load(
         num_seqs = min(max_num_seqs, batch_tokens)  # each takes a token of the budget
         context = max_model_len or loaded.config.max_position_embeddings
         _check_memory(kv_cache_tokens, kv_bytes_per_token(loaded), on)
+        # On a GPU this compiles kernels too.
+        fit = kv_tokens_that_fit(loaded, batch_tokens, num_seqs, gpu_memory_utilization)
         # On the CPU, whose memory is the user's, a few of the longest sequences; more than all is of no use.
-        kv_tokens = kv_cache_tokens or min(
-            context * (16 if on.type == "cpu" else num_seqs),
-            kv_tokens_that_fit(loaded, batch_tokens, num_seqs, gpu_memory_utilization),
-        )
+        kv_tokens = kv_cache_tokens or min(context * (16 if on.type == "cpu" else num_seqs), fit)
         pool = BlockPool(kv_tokens // BLOCK_SIZE, BLOCK_SIZE)
         if pool.num_blocks == 0:
             raise CacheTooSmallError(

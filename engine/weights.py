@@ -43,7 +43,7 @@ def find_model(models_folder: Path, model_id: str = MODEL_ID) -> Path:
     owner, name = model_id.split("/")
     dotless = name.replace(".", "___")
     # Of several revisions the client's default comes first.
-    snapshots = (models_folder / "models" / f"{owner}--{name}" / "snapshots").glob("*")
+    snapshots = _entries(models_folder / "models" / f"{owner}--{name}" / "snapshots")
     places = [
         models_folder / owner / name,
         models_folder / owner / dotless,
@@ -52,7 +52,7 @@ def find_model(models_folder: Path, model_id: str = MODEL_ID) -> Path:
         models_folder / "hub" / "models" / owner / dotless,
         *sorted(snapshots, key=lambda snapshot: (snapshot.name != "master", snapshot.name)),
     ]
-    begun = [place for place in places if _has_entries(place)]
+    begun = [place for place in places if _entries(place)]
     complete = (place for place in begun if not problems(place))
     return next(complete, begun[0] if begun else places[0])
 
@@ -72,7 +72,11 @@ def problems(model: Path) -> list[str]:
 
     Each shard must have the size that its own header announces; the JSON files must be readable.
     """
-    if not model.is_dir():
+    try:
+        os.listdir(model)
+    except PermissionError:
+        return [f"{model}: this user may not look into it"]
+    except OSError:
         return [f"{model}: no such folder"]
     found = [_json_problem(model / name) for name in REQUIRED_JSON]
     found += [_json_problem(model / name) for name in OPTIONAL_JSON if os.path.exists(model / name)]
@@ -101,7 +105,7 @@ def model_type(model: Path) -> str:
 def trained_context(model: Path) -> int:
     """The most tokens that the model was trained for."""
     config = _read_json(model / "config.json")
-    return int(config.get("max_position_embeddings", 2048))  # as transformers does where it is not said
+    return int(config.get("max_position_embeddings") or 2048)  # as transformers does where it is not said
 
 
 def shard_names(model: Path) -> list[str]:
@@ -191,5 +195,9 @@ def _parse_json(content: bytes) -> dict[str, Any]:
     return value
 
 
-def _has_entries(folder: Path) -> bool:
-    return folder.is_dir() and any(folder.iterdir())
+def _entries(folder: Path) -> list[Path]:
+    """What is in a folder; nothing if there is none, or if it is closed to this user."""
+    try:
+        return list(folder.iterdir())
+    except OSError:
+        return []

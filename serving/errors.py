@@ -211,7 +211,8 @@ def parse(schema: type[T], body: bytes, *, refusal: int = 422) -> T:
     first = faults[0]
     if first["type"] == "json_invalid":
         _check_is_utf8(body)
-        raise ApiError(400, f"the body is not JSON: {first['msg'].removeprefix('Invalid JSON: ')}")
+        advice = "; single quotes are no quotes in cmd: see client.py" if body.startswith(b"'") else ""
+        raise ApiError(400, f"the body is not JSON: {first['msg'].removeprefix('Invalid JSON: ')}{advice}")
     named = [
         (".".join(map(str, fault["loc"]))[:100], fault["msg"].removeprefix("Value error, "))
         for fault in faults[:8]

@@ -17,7 +17,7 @@ from engine.sequence import FinishReason, Logprobs, TokenLogprob
 from serving import docs
 from serving.errors import ApiError, parse
 from serving.exchange import Answer, EventStream, Exchange, read_whole
-from serving.limits import count_answers, read_body
+from serving.limits import count_answers, read_body, unless_client_leaves
 from serving.openai_schemas import (
     AnswerMessage,
     ChatChoice,
@@ -74,11 +74,12 @@ async def create_chat_completion(request: Request) -> Response:
     max_tokens = chat.max_completion_tokens or chat.max_tokens or engine.max_model_len
     params = chat.params(engine.sampling_defaults, max_tokens=max_tokens, logprobs=chat.num_logprobs)
     _check_limits(engine, chat, max_tokens)
-    grammar = await _grammar(engine, chat)
+    grammar = await unless_client_leaves(request.receive, _grammar(engine, chat))
     messages = [message.message for message in chat.messages]
     count_answers(request, chat.n or 1)
     try:
-        generation = await engine.generate(messages, params, n=chat.n or 1, grammar=grammar)
+        generating = engine.generate(messages, params, n=chat.n or 1, grammar=grammar)
+        generation = await unless_client_leaves(request.receive, generating)
     except PromptTooLongError as error:
         raise ApiError(400, f"messages: {error}", param="messages", reason="too_long") from None
     except InvalidPromptError as error:
@@ -115,7 +116,8 @@ async def create_completion(request: Request) -> Response:
     params = asked.params(engine.sampling_defaults, max_tokens=max_tokens, logprobs=asked.logprobs)
     count_answers(request, len(asked.prompt) * (asked.n or 1))
     try:
-        generation = await engine.complete(asked.prompt, params, n=asked.n or 1)
+        generating = engine.complete(asked.prompt, params, n=asked.n or 1)
+        generation = await unless_client_leaves(request.receive, generating)
     except InvalidPromptError as error:
         raise ApiError(400, f"prompt: {error}", param="prompt") from None
     exchange = Exchange(request, generation, asked.prompt)

@@ -25,6 +25,8 @@ _OPEN_FILES = 65_536
 _STALL_SECONDS = 60.0
 _LAST_BYTES_SECONDS = 5
 """For what is already answered to reach its readers, before the process ends."""
+_IDLE_SECONDS = 75
+"""That a connection is kept for the next request: longer than clients pause that ask now and then."""
 _UPGRADE = re.compile(rb"(?i)(?<=\r\nupgrad)e(?=[ \t]*:)")
 """What makes a field of a head an offer to speak another protocol: HTTP/2 by Java's client, WebSockets."""
 
@@ -132,6 +134,7 @@ class Server(uvicorn.Server):
         if self._signals > 1 or not self.started:
             signal.signal(sig, signal.SIG_DFL)
             os.kill(os.getpid(), sig)
+            os._exit(128 + sig)  # of which the first process in a container does not die
         else:
             self._loop.call_soon_threadsafe(self._begin_to_end)
 
@@ -230,6 +233,7 @@ def serve(
         ws="none",
         access_log=False,
         log_config=None,
+        timeout_keep_alive=_IDLE_SECONDS,
         timeout_graceful_shutdown=2 * _LAST_BYTES_SECONDS,
     )
     Server(config, drain).run([bound])

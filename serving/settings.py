@@ -58,8 +58,8 @@ class Settings(BaseSettings):
     """seconds that an answer may take, its wait included, before it ends with 504; 0 is no limit"""
     drain_timeout: float = Field(30, ge=0)
     """seconds that answers in flight have to finish after SIGTERM or Ctrl-C"""
-    api_key: SecretStr = SecretStr("")
-    """keys that clients must send one of, separated by commas; empty: anybody may use the server"""
+    api_key: SecretStr | None = None
+    """keys that clients must send one of, separated by commas; without any, anybody may use the server"""
     api_key_file: Path | None = None
     """file with more of them, one in a line"""
     cors_origin: str = ""
@@ -94,6 +94,13 @@ class Settings(BaseSettings):
         own = "demo" if self.model == "demo" else self.model_path.resolve().name
         return list(dict.fromkeys([*_split(self.served_model_name), own]))
 
+    @field_validator("api_key")
+    @classmethod
+    def _has_keys(cls, keys: SecretStr | None) -> SecretStr | None:
+        if keys is not None and not _split(keys.get_secret_value()):
+            raise ValueError("no key is in it")
+        return keys
+
     @field_validator("api_key_file")
     @classmethod
     def _holds_keys(cls, path: Path | None) -> Path | None:
@@ -104,7 +111,8 @@ class Settings(BaseSettings):
     @cached_property
     def api_keys(self) -> frozenset[str]:
         """All keys. There is no need of one if there are none."""
-        return frozenset(_split(self.api_key.get_secret_value())) | _read_keys(self.api_key_file)
+        named = self.api_key.get_secret_value() if self.api_key else ""
+        return frozenset(_split(named)) | _read_keys(self.api_key_file)
 
     @property
     def requests_per_key(self) -> int:
@@ -169,6 +177,8 @@ def hide_key() -> None:
         name, equals, value = argument.partition("=")
         if name in ("--api-key", "--api_key"):
             keys.append(value if equals else next(given, ""))
+            if not equals and (not keys[-1] or keys[-1].startswith("-")):
+                return  # there is no key: the parser says so
         else:
             arguments.append(argument)
     if keys:

@@ -16,11 +16,10 @@ from typing import Any
 
 import pytest
 import requests
-
-if not Path("/proc/driver/nvidia").exists():
-    os.environ["TRITON_INTERPRET"] = "1"  # before Triton is imported, as torch does where it is installed
-
 import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # before Triton is imported
 
 from benchmarks.soak import read_metrics
 from tests.models import make_model
@@ -53,11 +52,12 @@ def read_events(response: requests.Response) -> Iterator[Any]:
 
 
 @contextmanager
-def posted(server: "Server", **body: object) -> Iterator[socket.socket]:
+def posted(server: "Server", path: str = "/", /, **body: object) -> Iterator[socket.socket]:
     """A request of a client that does not read, and leaves at the end."""
     data = json.dumps(body).encode()
+    head = f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Length: {len(data)}\r\n\r\n"
     with socket.create_connection(("127.0.0.1", server.port)) as connection:
-        connection.sendall(b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n%b" % (len(data), data))
+        connection.sendall(head.encode() + data)
         yield connection
 
 

@@ -122,6 +122,34 @@ def test_command_line_prints_one_answer(demo_server: str) -> None:
     assert (result.returncode, result.stderr) == (0, "")
 
 
+def test_what_the_output_has_no_character_for_is_replaced(demo_server: str) -> None:
+    result = run_client("What is your name?", "--url", demo_server, PYTHONIOENCODING="ascii:strict")
+    assert (result.returncode, result.stderr) == (0, "")
+    hello = run_client("你好", "--url", demo_server, PYTHONIOENCODING="ascii:strict")
+    assert (hello.returncode, hello.stderr) == (0, "")
+    assert "?" in hello.stdout
+
+
+def test_a_reader_who_has_enough_is_no_fault() -> None:
+    read = threading.Event()
+
+    def script(connection: socket.socket, request: bytes) -> None:
+        connection.sendall(EVENTS + event("a"))
+        assert read.wait(30)
+        connection.sendall(event("b") + LAST_EVENT + DONE)
+
+    with scripted_server(script) as url:
+        command = [sys.executable, "client.py", "x", "--url", url]
+        with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as client:
+            assert client.stdout is not None
+            assert client.stderr is not None
+            assert client.stdout.read(1) == b"a"
+            client.stdout.close()
+            read.set()
+            assert client.stderr.read() == b""
+        assert client.returncode == 1
+
+
 def test_chat_answers_each_line_of_its_input(demo_server: str) -> None:
     result = run_client("--url", demo_server, stdin="你好\n\nWho are you?\n")
     assert len(result.stdout.split("\n")) >= 3

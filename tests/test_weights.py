@@ -1,6 +1,7 @@
 """Where a model is looked for, and what counts as complete. The shards here have headers and no weights."""
 
 import json
+import os
 import random
 import subprocess
 import sys
@@ -216,6 +217,20 @@ def test_a_model_is_found_wherever_modelscope_put_it(tmp_path: Path, place: str)
     write_model(tmp_path / place)
     (tmp_path / "owner/some.name-1").mkdir(parents=True, exist_ok=True)  # an empty folder is no model
     assert find_model(tmp_path, "owner/some.name-1") == tmp_path / place
+
+
+def test_a_folder_that_is_closed_to_the_user_has_no_model(tmp_path: Path) -> None:
+    model = write_model(tmp_path / "closed" / MODEL_ID)
+    model.parent.parent.chmod(0)
+    was = os.geteuid()
+    if was == 0:
+        os.seteuid(65534)  # root may enter any
+    try:
+        assert find_model(tmp_path / "closed") == model
+        assert problems(model) == [f"{model}: this user may not look into it"]
+    finally:
+        os.seteuid(was)
+        model.parent.parent.chmod(0o700)
 
 
 def test_a_complete_model_is_preferred_to_one_begun(tmp_path: Path) -> None:

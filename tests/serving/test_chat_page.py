@@ -697,6 +697,10 @@ def test_an_error_of_somebody_in_between_is_shown(open_page: OpenPage, demo_serv
     intercept(page, 502, "<h1>Bad Gateway</h1>")
     ask(page, "x")
     expect(page.locator(".problem")).to_have_text("The server answered with status 502.")
+    page.unroute_all()
+    asked = bodies(page)
+    ask(page, "y")
+    assert asked[0]["history"] == []  # what was not answered is no turn of the dialog
 
 
 def test_a_server_that_wants_a_key_gets_it(open_page: OpenPage, demo_server: str) -> None:

@@ -6,6 +6,7 @@ import re
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from typing import Any
 from urllib.parse import quote_from_bytes
 
@@ -16,7 +17,7 @@ from hypothesis import strategies as st
 
 from engine.chat_format import ChatFormat, Message
 from serving.settings import DEMO_MODEL
-from tests.conftest import Server, begin
+from tests.conftest import LIMIT, Server, begin, posted, until
 from tests.engine.test_grammar import HOSTILE as HOSTILE_SCHEMAS
 from tests.models import CONTROL_TOKENS, GOLDEN_WORDS, make_tokenizer
 
@@ -257,6 +258,31 @@ def test_a_prompt_that_can_not_fit_is_refused_with_both_numbers(server: Server) 
     message = response.json()["error"]["message"]
     assert message.startswith("the prompt has at least ")
     assert "the context is 2048 tokens" in message
+
+
+def test_schemas_of_clients_that_have_left_hold_up_nobody(server: Server) -> None:
+    def asking(number: int, properties: int) -> dict[str, Any]:
+        names = [f"{number}_{i}" for i in range(properties)]  # none is known from another schema
+        schema = {
+            "type": "object", "required": names, "additionalProperties": False,
+            "properties": {key: {"type": "string", "format": "date-time"} for key in names},
+        }  # fmt: skip
+        form = {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}
+        messages = [{"role": "user", "content": "x"}]
+        return {"model": "demo", "max_tokens": 1, "messages": messages, "response_format": form}
+
+    def seconds(number: int, properties: int) -> float:
+        started = time.monotonic()
+        answer = requests.post(f"{server.url}{CHAT}", json=asking(number, properties), timeout=LIMIT)
+        assert answer.status_code == 200
+        return time.monotonic() - started
+
+    one = seconds(0, properties=600)
+    with ExitStack() as leaving:
+        for number in range(1, 41):
+            leaving.enter_context(posted(server, CHAT, **asking(number, properties=600)))
+        until(lambda: server.load[1] >= 20)  # they wait, as others do
+    assert seconds(41, properties=1) < 10 * one
 
 
 def test_hostile_schemas_are_answered_or_refused_and_a_stream_beside_them_is_as_alone(
