@@ -70,18 +70,18 @@ class DecodeInputs:
             ids = self._inputs[0, : len(batch)]
             ids.copy_(drawn.token_ids[ids].clamp(min=0))  # where none was drawn, what is computed is dropped
 
-    def forward(self, model: Llama, size: int, *, alone: bool = False) -> Tensor:
+    def forward(self, model: Llama, size: int, *, fused: bool = False) -> Tensor:
         """The logits that follow each of the first `size` tokens: [size, vocab_size], float32.
 
         Args:
-            alone: as in Llama.forward.
+            fused: as in Llama.forward.
         """
         token_ids, positions, rows = self._inputs[:, :size]
         blocks = self._block_tables[rows, positions // BLOCK_SIZE]
         slots = blocks * BLOCK_SIZE + positions % BLOCK_SIZE
         contexts = Contexts(slice(0, size), self._block_tables[rows], (positions + 1).int())
         batch = AttentionBatch(self._kv_cache, slots, [contexts], [])
-        logits: Tensor = model(token_ids, positions, batch, alone=alone)
+        logits: Tensor = model(token_ids, positions, batch, fused=fused)
         return logits
 
     def _write_new_blocks(self, batch: list[Chunk]) -> None:
@@ -121,16 +121,16 @@ class DecodeGraphs:
         if size > 1:
             return self._record(size)
         # Which kernels read the weights faster depends on the GPU and on the matrices' sizes.
-        plain, alone = (self._record(size, alone=alone) for alone in (False, True))
-        times = _milliseconds(plain), _milliseconds(alone)
+        plain, fused = (self._record(size, fused=fused) for fused in (False, True))
+        times = _milliseconds(plain), _milliseconds(fused)
         log.info("a decode step of one token takes %.2f ms, with kernels of its own %.2f ms", *times)
-        return plain if times[0] <= times[1] else alone
+        return plain if times[0] <= times[1] else fused
 
-    def _record(self, size: int, *, alone: bool = False) -> Callable[[], Tensor]:
-        self._inputs.forward(self._model, size, alone=alone)
+    def _record(self, size: int, *, fused: bool = False) -> Callable[[], Tensor]:
+        self._inputs.forward(self._model, size, fused=fused)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self._pool):
-            logits = self._inputs.forward(self._model, size, alone=alone)
+            logits = self._inputs.forward(self._model, size, fused=fused)
         self._pool = graph.pool()
 
         def replay() -> Tensor:

@@ -73,14 +73,14 @@ class Llama(nn.Module):
         batch: AttentionBatch,
         kept: Tensor | None = None,
         *,
-        alone: bool = False,
+        fused: bool = False,
     ) -> Tensor:
         """Stores the keys and values of a step's tokens, and computes the logits that follow some of them.
 
         Args:
             token_ids, positions: [tokens].
             kept: [rows], which of the tokens those are; None: all.
-            alone: for one token on CUDA, whether by the kernels of `engine.vector_kernels`.
+            fused: for one token on CUDA: whether by the kernels of `engine.vector_kernels`.
 
         Returns:
             [rows, vocab_size], float32.
@@ -92,8 +92,8 @@ class Llama(nn.Module):
         for layer, cache in zip(self.layers, batch.kv_cache, strict=True):
             # Of most of a prompt, the last layer's keys and values are wanted, and nothing else of it.
             rows = kept if layer is last else None
-            residual, delta = layer(residual, delta, cos, sin, batch, cache, rows, alone=alone)
-        _, logits = norm_linear(residual, delta, self.norm, self.head, alone=alone)
+            residual, delta = layer(residual, delta, cos, sin, batch, cache, rows, fused=fused)
+        _, logits = norm_linear(residual, delta, self.norm, self.head, fused=fused)
         return logits.float()
 
 
@@ -130,7 +130,7 @@ class Layer(nn.Module):
         cache: Tensor,
         kept: Tensor | None,
         *,
-        alone: bool,
+        fused: bool,
     ) -> tuple[Tensor, Tensor]:
         """
         Args:
@@ -138,20 +138,20 @@ class Layer(nn.Module):
             delta: [tokens, hidden_size], what the layer before has computed.
             cos, sin: as in rotate_and_store.
             cache: this layer's, as in AttentionBatch.
-            kept, alone: as in Llama.forward.
+            kept, fused: as in Llama.forward.
 
         Returns:
             Of the tokens that are kept, the residual stream, and what is to be added to it next.
         """
-        residual, heads = norm_linear(residual, delta, self.attention_norm, self.qkv, alone=alone)
+        residual, heads = norm_linear(residual, delta, self.attention_norm, self.qkv, fused=fused)
         heads = heads.view(len(delta), -1, self._head_dim)
         queries = rotate_and_store(heads, cos, sin, batch.slots, cache)
         attended = attend(queries, cache, batch, self._scaling).flatten(1)
         if kept is not None:
             residual, attended = residual[kept], attended[kept]
-        delta = linear(attended, self.output, alone=alone)
-        residual, gate_up = norm_linear(residual, delta, self.mlp_norm, self.gate_up, alone=alone)
-        return residual, silu_linear(gate_up, self.down, alone=alone)
+        delta = linear(attended, self.output, fused=fused)
+        residual, gate_up = norm_linear(residual, delta, self.mlp_norm, self.gate_up, fused=fused)
+        return residual, silu_linear(gate_up, self.down, fused=fused)
 
 
 def join(*layers: nn.Linear, int8: bool) -> nn.Module:

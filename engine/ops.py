@@ -1,6 +1,6 @@
 """What lies between the matrices of a layer: in plain PyTorch, and on CUDA as one kernel each.
 
-Where a step is of one token, and `alone` says so, that can be a part of the matrix's own kernel instead.
+Where a step is of one token, and `fused` says so, that can be a part of the matrix's own kernel instead.
 """
 
 import torch.nn.functional as F
@@ -9,23 +9,23 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 
 def norm_linear(
-    residual: Tensor, delta: Tensor, norm: LlamaRMSNorm, matrix: nn.Module, *, alone: bool
+    residual: Tensor, delta: Tensor, norm: LlamaRMSNorm, matrix: nn.Module, *, fused: bool
 ) -> tuple[Tensor, Tensor]:
     """The product of a linear layer with what `add_norm` gives.
 
     Returns:
         The residual stream with `delta` added, maybe in place, and [tokens, out_features].
     """
-    if alone:
+    if fused:
         from engine import vector_kernels  # Triton comes with torch for CUDA only
 
         return vector_kernels.norm_linear(residual, delta, norm.weight, norm.variance_epsilon, matrix)
     return residual, matrix(add_norm(residual, delta, norm))
 
 
-def linear(x: Tensor, matrix: nn.Module, *, alone: bool) -> Tensor:
+def linear(x: Tensor, matrix: nn.Module, *, fused: bool) -> Tensor:
     """[tokens, in_features] -> [tokens, out_features]"""
-    if alone:
+    if fused:
         from engine import vector_kernels
 
         return vector_kernels.linear(x, matrix)
@@ -33,9 +33,9 @@ def linear(x: Tensor, matrix: nn.Module, *, alone: bool) -> Tensor:
     return y
 
 
-def silu_linear(gate_up: Tensor, matrix: nn.Module, *, alone: bool) -> Tensor:
+def silu_linear(gate_up: Tensor, matrix: nn.Module, *, fused: bool) -> Tensor:
     """[tokens, 2 * in_features] -> [tokens, out_features]: the product of a linear layer with `silu_mul`."""
-    if alone:
+    if fused:
         from engine import vector_kernels
 
         return vector_kernels.silu_linear(gate_up, matrix)

@@ -76,7 +76,7 @@ class Exchange:
         if settings.log_content:
             self._content = prompt if isinstance(prompt, str) else repr(prompt)
         self._answer = ""
-        self._begun = time.monotonic()
+        self._begun: float = request.state.came
         self._first_token: float | None = None
         self._last_piece: dict[int, float] = {}
         self._counted = 0

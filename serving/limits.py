@@ -1,6 +1,7 @@
 """Who may ask, how much a client may send, and what happens when it leaves."""
 
 import asyncio
+import time
 from collections import Counter
 from collections.abc import Coroutine
 from hashlib import sha256
@@ -25,7 +26,8 @@ _ONE_AT_A_TIME = "1"
 
 
 async def read_body(request: Request, max_bytes: int) -> bytes:
-    """The whole body, of which no more than `max_bytes` are ever held.
+    """The whole body, of which no more than `max_bytes` are ever held. The request counts as come when it is
+    there: its state keeps the time.
 
     Raises:
         ApiError: 413 if it is larger, 408 if it does not come in time.
@@ -40,6 +42,7 @@ async def read_body(request: Request, max_bytes: int) -> bytes:
                     raise ApiError(413, f"the body is larger than {max_bytes} bytes", headers=_CLOSE)
     except TimeoutError:
         raise ApiError(408, f"the body did not come within {_BODY_SECONDS:g} s", headers=_CLOSE) from None
+    request.state.came = time.monotonic()
     return bytes(body)
 
 

@@ -87,7 +87,7 @@ class Metrics:
 
         self.first_token = histogram(
             "time_to_first_token_seconds",
-            "From the engine's taking the request to the first text.",
+            "From the request's arrival to the first text.",
             _FIRST_TOKEN,
         )
         self.next_token = histogram(

@@ -39,9 +39,9 @@ class PlainGraphs(DecodeGraphs):
     def _capture(self, size: int) -> Callable[[], Tensor]:
         return self._record(size)
 
-    def _record(self, size: int, *, alone: bool = False) -> Callable[[], Tensor]:
-        logits = self._inputs.forward(self._model, size, alone=alone)
-        return lambda: logits.copy_(self._inputs.forward(self._model, size, alone=alone))
+    def _record(self, size: int, *, fused: bool = False) -> Callable[[], Tensor]:
+        logits = self._inputs.forward(self._model, size, fused=fused)
+        return lambda: logits.copy_(self._inputs.forward(self._model, size, fused=fused))
 
 
 @torch.inference_mode()

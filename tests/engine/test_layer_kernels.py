@@ -136,8 +136,8 @@ def test_a_token_alone_has_the_logits_it_has_among_others(shape: str, tmp_path: 
     inputs.fill([Chunk(sequence, 1)], 1)
     plain = inputs.forward(model, 1)
     stored = [cache.clone() for cache in caches]
-    alone = inputs.forward(model, 1, alone=True)
-    assert_close(alone, plain, dtype)
+    fused = inputs.forward(model, 1, fused=True)
+    assert_close(fused, plain, dtype)
     for cache, expected in zip(caches, stored, strict=True):
         assert_close(cache, expected, dtype)
 
