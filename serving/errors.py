@@ -2,7 +2,7 @@
 
 import logging
 import re
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from fastapi import FastAPI, Request
 from fastapi.responses import Response
@@ -132,12 +132,15 @@ class _ErrorResponse(Response):
         if scope["path"] != "/health":  # a probe asks again and again: one cause would count as many
             self._error.count(scope["app"].state.metrics)
             # Each request has one line: what fails here, and not in the engine, has that with the exception.
-            if self.status_code != 500 and not scope["state"].get("is_logged"):
-                self._log(scope["state"]["request_id"])
+            if self.status_code != 500:
+                _log(scope["state"], self.status_code, self._error.reason)
         await super().__call__(scope, receive, send)
 
-    def _log(self, request_id: str) -> None:
-        status, reason = self.status_code, self._error.reason
+
+def _log(state: dict[str, Any], status: int, reason: str) -> None:
+    """The line of a request that does not come to the engine."""
+    if not state.get("is_logged"):
+        request_id = state["request_id"]
         fields = {"message": "refused", "request_id": request_id, "status": status, "reason": reason}
         requests_log.info("%s status=%d reason=%s", request_id, status, reason, extra={"fields": fields})
 
@@ -147,6 +150,8 @@ def to_api_error(error: Exception, request_id: str) -> ApiError:
     match error:
         case ApiError():
             return error
+        case HTTPException(status_code=404):
+            return ApiError(404, "no such route: /docs shows all, and OpenAI's are under /v1")
         case HTTPException():
             return ApiError(error.status_code, error.detail, headers=dict(error.headers or {}))
         case PromptTooLongError():
@@ -223,6 +228,7 @@ def parse(schema: type[T], body: bytes, *, refusal: int = 422) -> T:
 
 async def _client_left(request: Request, error: Exception) -> Response:
     # Nobody reads it; 499 is what nginx calls it.
+    _log(request.scope["state"], 499, "aborted")
     return Response(status_code=499)
 
 

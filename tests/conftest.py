@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import signal
 import socket
 import subprocess
 import sys
@@ -23,6 +24,9 @@ if not torch.cuda.is_available():
 
 from benchmarks.soak import read_metrics
 from tests.models import make_model
+
+# Where a shell has started pytest in the background, Ctrl-C is ignored, and would be by what tests start.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Tiny tensors: handing them out to other threads takes longer than the work.
 torch.set_num_threads(1)

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import requests
+from openai import NotFoundError, OpenAI
 
 from serving import docs
 from serving.errors import ApiError
@@ -213,6 +214,18 @@ def test_a_body_in_another_encoding_is_told_which_it_must_be(tiny_server: Server
         assert "must be UTF-8" in response.json()["error"]["message"]
     response = requests.post(tiny_server.url, data='{"prompt": "你好'.encode(), timeout=60)
     assert "not JSON" in response.json()["error"]["message"]
+
+
+def test_what_cmd_makes_of_single_quotes_is_told(tiny_server: Server) -> None:
+    response = requests.post(tiny_server.url, data="'{prompt:", timeout=60)
+    assert response.status_code == 400
+    assert "single quotes" in response.json()["error"]["message"]
+
+
+def test_openais_client_without_v1_is_told_where_to_go(tiny_server: Server) -> None:
+    client = OpenAI(base_url=tiny_server.url, api_key="none", max_retries=0)
+    with pytest.raises(NotFoundError, match="under /v1"):
+        client.chat.completions.create(model="tiny", messages=[{"role": "user", "content": "a"}])
 
 
 def test_a_prompt_that_does_not_fit_is_refused_with_both_numbers(tiny_server: Server) -> None:

@@ -283,6 +283,7 @@ def test_schemas_of_clients_that_have_left_hold_up_nobody(server: Server) -> Non
             leaving.enter_context(posted(server, CHAT, **asking(number, properties=600)))
         until(lambda: server.load[1] >= 20)  # they wait, as others do
     assert seconds(41, properties=1) < 10 * one
+    until(lambda: server.log.count("status=499 reason=aborted") >= 20)
 
 
 def test_hostile_schemas_are_answered_or_refused_and_a_stream_beside_them_is_as_alone(
