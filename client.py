@@ -223,12 +223,12 @@ def main() -> int:
         sys.stdout.reconfigure(errors="replace")  # what it goes to may have no emoji
 
     history = [{"role": "system", "content": args.system}] if args.system else []
-    if args.prompt is None:
-        with contextlib.suppress(ImportError):  # not on Windows
-            import readline  # noqa: F401  (gives `input` editing keys and a history)
-        chat(history, args.url, args.api_key)
-        return 0
     try:
+        if args.prompt is None:
+            with contextlib.suppress(ImportError):  # not on Windows
+                import readline  # noqa: F401  (gives `input` editing keys and a history)
+            chat(history, args.url, args.api_key)
+            return 0
         _print_answer(_stream_events(args.prompt, history, args.url, args.api_key), [])
     except CompletionError as error:
         print(f"error: {error}", file=sys.stderr)

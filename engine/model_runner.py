@@ -80,7 +80,7 @@ def load_model(model: Path, device: torch.device, dtype: torch.dtype, *, int8: b
         # It plans anew for each length of context, which takes longer than to attend.
         torch.backends.cuda.enable_cudnn_sdp(False)
     llama = Llama(loaded, device=device, dtype=dtype, int8=int8).eval()
-    if int8:
+    if int8 and device.type == "cpu":
         for parameter in llama.parameters():  # what is not a copy yet would keep all of the files mapped
             parameter.data = parameter.data.clone()
     return llama

@@ -94,25 +94,17 @@ class Settings(BaseSettings):
         own = "demo" if self.model == "demo" else self.model_path.resolve().name
         return list(dict.fromkeys([*_split(self.served_model_name), own]))
 
-    @field_validator("api_key")
+    @field_validator("api_key", "api_key_file")
     @classmethod
-    def _has_keys(cls, keys: SecretStr | None) -> SecretStr | None:
-        if keys is not None and not _split(keys.get_secret_value()):
+    def _holds_keys(cls, given: SecretStr | Path | None) -> SecretStr | Path | None:
+        if given is not None and not _keys_in(given):
             raise ValueError("no key is in it")
-        return keys
-
-    @field_validator("api_key_file")
-    @classmethod
-    def _holds_keys(cls, path: Path | None) -> Path | None:
-        if path is not None and not _read_keys(path):
-            raise ValueError("no key is in it")
-        return path
+        return given
 
     @cached_property
     def api_keys(self) -> frozenset[str]:
         """All keys. There is no need of one if there are none."""
-        named = self.api_key.get_secret_value() if self.api_key else ""
-        return frozenset(_split(named)) | _read_keys(self.api_key_file)
+        return _keys_in(self.api_key) | _keys_in(self.api_key_file)
 
     @property
     def requests_per_key(self) -> int:
@@ -158,11 +150,13 @@ def _split(names: str) -> list[str]:
     return [name.strip() for name in names.split(",") if name.strip()]
 
 
-def _read_keys(path: Path | None) -> frozenset[str]:
-    if path is None:
+def _keys_in(given: SecretStr | Path | None) -> frozenset[str]:
+    if given is None:
         return frozenset()
+    if isinstance(given, SecretStr):
+        return frozenset(_split(given.get_secret_value()))
     try:
-        lines = path.read_text().splitlines()
+        lines = given.read_text().splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"can't be read: {error}") from error
     return frozenset(line.strip() for line in lines if line.strip())

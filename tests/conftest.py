@@ -55,13 +55,16 @@ def read_events(response: requests.Response) -> Iterator[Any]:
             yield data if data == "[DONE]" else json.loads(data)
 
 
+def request_of(body: dict[str, object], path: str = "/") -> bytes:
+    data = json.dumps(body).encode()
+    return b"POST %b HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n%b" % (path.encode(), len(data), data)
+
+
 @contextmanager
 def posted(server: "Server", path: str = "/", /, **body: object) -> Iterator[socket.socket]:
     """A request of a client that does not read, and leaves at the end."""
-    data = json.dumps(body).encode()
-    head = f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Length: {len(data)}\r\n\r\n"
     with socket.create_connection(("127.0.0.1", server.port)) as connection:
-        connection.sendall(head.encode() + data)
+        connection.sendall(request_of(body, path))
         yield connection
 
 

@@ -72,6 +72,20 @@ def sends(answer: bytes) -> Script:
     return lambda connection, request: connection.sendall(answer)
 
 
+@contextmanager
+def pausing_server() -> Iterator[tuple[str, threading.Event]]:
+    """Streams one piece, and the other once it is told to; yields its URL, and what tells it."""
+    go_on = threading.Event()
+
+    def script(connection: socket.socket, request: bytes) -> None:
+        connection.sendall(EVENTS + event("one"))
+        assert go_on.wait(30)
+        connection.sendall(event("two") + LAST_EVENT + DONE)
+
+    with scripted_server(script) as url:
+        yield url, go_on
+
+
 def run_client(*arguments: str, stdin: str = "", **environment: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "client.py", *arguments],
@@ -130,22 +144,21 @@ def test_what_the_output_has_no_character_for_is_replaced(demo_server: str) -> N
     assert "?" in hello.stdout
 
 
-def test_a_reader_who_has_enough_is_no_fault() -> None:
-    read = threading.Event()
-
-    def script(connection: socket.socket, request: bytes) -> None:
-        connection.sendall(EVENTS + event("a"))
-        assert read.wait(30)
-        connection.sendall(event("b") + LAST_EVENT + DONE)
-
-    with scripted_server(script) as url:
-        command = [sys.executable, "client.py", "x", "--url", url]
-        with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as client:
+@pytest.mark.parametrize("question", ["as an argument", "in the chat"])
+def test_a_reader_who_has_enough_is_no_fault(question: str) -> None:
+    pipe = subprocess.PIPE
+    with pausing_server() as (url, go_on):
+        arguments = ["x"] if question == "as an argument" else []
+        command = [sys.executable, "client.py", *arguments, "--url", url]
+        with subprocess.Popen(command, cwd=ROOT, stdin=pipe, stdout=pipe, stderr=pipe) as client:
+            assert client.stdin is not None
             assert client.stdout is not None
             assert client.stderr is not None
-            assert client.stdout.read(1) == b"a"
+            client.stdin.write(b"x\n")
+            client.stdin.close()
+            assert client.stdout.read(3) == b"one"
             client.stdout.close()
-            read.set()
+            go_on.set()
             assert client.stderr.read() == b""
         assert client.returncode == 1
 
@@ -263,17 +276,10 @@ def test_utf8_whatever_the_header_says() -> None:
 
 
 def test_a_piece_is_there_before_the_next_is_sent() -> None:
-    first_piece_read = threading.Event()
-
-    def script(connection: socket.socket, request: bytes) -> None:
-        connection.sendall(EVENTS + event("one"))
-        assert first_piece_read.wait(30)
-        connection.sendall(event("two") + LAST_EVENT + DONE)
-
-    with scripted_server(script) as url:
+    with pausing_server() as (url, go_on):
         pieces = stream_completion("hi", url=url)
         assert next(pieces) == "one"
-        first_piece_read.set()
+        go_on.set()
         assert list(pieces) == ["two"]
 
 

@@ -6,7 +6,6 @@ import re
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
 from typing import Any
 from urllib.parse import quote_from_bytes
 
@@ -278,7 +277,7 @@ def test_schemas_of_clients_that_have_left_hold_up_nobody(server: Server) -> Non
         return time.monotonic() - started
 
     one = seconds(0, properties=600)
-    with ExitStack() as leaving:
+    with contextlib.ExitStack() as leaving:
         for number in range(1, 41):
             leaving.enter_context(posted(server, CHAT, **asking(number, properties=600)))
         until(lambda: server.load[1] >= 20)  # they wait, as others do

@@ -27,7 +27,7 @@ from starlette.types import Receive, Scope, Send
 from benchmarks.soak import in_use, read_metrics
 from serving import server as server_module
 from serving.server import BoundedProtocol
-from tests.conftest import LIMIT, LONG, ROOT, Server, begin, read_events, until
+from tests.conftest import LIMIT, LONG, ROOT, Server, begin, read_events, request_of, until
 from tests.serving.test_api import stream
 from tests.serving.test_openai_api import ROUTES, client_of, create, texts
 
@@ -44,11 +44,6 @@ def connected(port: int, *, receive_buffer: int = 0) -> Iterator[socket.socket]:
         connection.settimeout(LIMIT)
         connection.connect(("127.0.0.1", port))
         yield connection
-
-
-def request_of(body: dict[str, object], path: str = "/") -> bytes:
-    data = json.dumps(body).encode()
-    return b"POST %b HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n%b" % (path.encode(), len(data), data)
 
 
 NAME = "m" * 20_000
