@@ -136,7 +136,9 @@ async def exit_with(engine: Engine) -> None:
 def build_app(settings: Settings) -> FastAPI:
     """The app. It loads nothing until it starts."""
     logs.configure(settings.log_format)
-    app = FastAPI(title="Llama-3-8B-Instruct", version="1.0.0", lifespan=lifespan, redoc_url=None)
+    app = FastAPI(
+        title="Llama-3-8B-Instruct", version="1.0.0", lifespan=lifespan, docs_url=None, redoc_url=None
+    )
     app.state.settings = settings
     if keys := settings.api_keys:
         app.add_middleware(ApiKeys, keys=keys, max_per_key=settings.requests_per_key)

@@ -1,12 +1,17 @@
-"""What /docs shows beside what FastAPI finds out by itself."""
+"""/docs: Swagger UI, and what it shows beside what FastAPI finds out by itself."""
 
 from typing import Any
 
-from fastapi import FastAPI
+from fastapi import APIRouter, FastAPI, Request
+from fastapi.openapi.docs import get_swagger_ui_html
+from fastapi.responses import HTMLResponse
 from pydantic import BaseModel
+from starlette.staticfiles import StaticFiles
 
 from serving.errors import ErrorBody
-from serving.limits import is_open
+from serving.limits import SWAGGER, is_open
+
+router = APIRouter()
 
 _REF = "#/components/schemas/{model}"
 _KEY = "APIKey"
@@ -85,6 +90,20 @@ _EXAMPLES: dict[str, dict[str, dict[str, Any]]] = {
 }
 
 
+@router.get("/docs", include_in_schema=False)
+async def show(request: Request) -> HTMLResponse:
+    """Swagger UI, all of it from here: FastAPI's own page needs a host that not everybody can reach. Its URLs
+    are relative, and so right behind a proxy too."""
+    files = SWAGGER.removeprefix("/")
+    return get_swagger_ui_html(
+        openapi_url="openapi.json",
+        title=request.app.title,
+        swagger_js_url=f"{files}/swagger-ui-bundle.js",
+        swagger_css_url=f"{files}/swagger-ui.css",
+        swagger_favicon_url=f"{files}/favicon-32x32.png",
+    )
+
+
 def only(*statuses: int) -> dict[int | str, dict[str, Any]]:
     """Of a route's `responses`: the errors that it can give, where these are few."""
     return {status: OPENAI_ERRORS[status] for status in statuses}
@@ -103,7 +122,10 @@ def json_body(schema: type[BaseModel]) -> dict[str, Any]:
 
 
 def document(app: FastAPI, *schemas: type[BaseModel]) -> None:
-    """Adds the schemas that `json_body` and `streams` refer to, examples that run as they are, and keys."""
+    """Adds /docs, and what it shows: the schemas that `json_body` and `streams` refer to, examples that run
+    as they are, and keys."""
+    app.include_router(router)
+    app.mount(SWAGGER, StaticFiles(packages=[("fastapi_swagger", "resources")]))
     generate = app.openapi
 
     def openapi() -> dict[str, Any]:

@@ -905,3 +905,23 @@ def test_all_of_it_can_be_reached_by_keyboard_and_has_a_name(open_page: OpenPage
     assert [name for name in reached if name in names][: len(names)] == names
     for landmark in (page.get_by_role("banner"), page.get_by_role("main"), page.get_by_role("status")):
         expect(landmark).to_have_count(1)
+
+
+def test_the_docs_need_no_other_host_and_ask_with_a_key(
+    open_page: OpenPage, start_server: Callable[..., Server]
+) -> None:
+    url = start_server("demo", "--api-key", "s3cret").url
+    page = open_page(url)
+    page.goto(f"{url}/docs")
+    page.get_by_role("button", name="Authorize").click()
+    dialog = page.locator(".dialog-ux")
+    dialog.get_by_role("textbox").fill("s3cret")
+    dialog.get_by_role("button", name="Apply credentials").click()
+    dialog.get_by_role("button", name="Close").click()
+    route = page.locator("#operations-default-create_answer__post")
+    route.locator(".opblock-summary-control").click()
+    route.get_by_role("button", name="Try it out").click()
+    route.get_by_role("button", name="Execute").click()
+    answer = route.locator(".live-responses-table .response")
+    expect(answer.locator(".response-col_status")).to_have_text(re.compile("^200"))
+    expect(answer).to_contain_text('"finish_reason"')

@@ -111,6 +111,7 @@ def test_every_route_but_health_and_the_pages_needs_a_key(keyed: KeyedServer) ->
     assert {("POST", "/"), ("POST", "/v1/chat/completions"), ("GET", "/metrics")} <= asked
     asked |= {("GET", "/redoc"), ("GET", "/nowhere"), ("GET", "/docs/"), ("GET", "/docs/../metrics")}
     asked |= {("POST", "//"), ("GET", "/health/"), ("GET", "/docs/oauth2-redirect"), ("PUT", "/")}
+    asked |= {("GET", "/docs/swagger"), ("GET", "/docs/swaggers")}
     asked |= {("GET", "/v1"), ("GET", "/%2e/v1/models"), ("GET", "/health/../v1/models")}
     for method, path in asked - {("GET", "/"), ("GET", "/health")}:
         # Not joined by requests, which would make another path of it.
@@ -122,6 +123,7 @@ def test_every_route_but_health_and_the_pages_needs_a_key(keyed: KeyedServer) ->
     assert keyed.get("/", None).status_code == 200
     assert "<html" in keyed.get("/", None, Accept="text/html").text
     assert "<html" in keyed.get("/docs", None).text
+    assert "swagger" in keyed.get("/docs/swagger/swagger-ui.css", None).text
 
 
 def test_the_docs_ask_for_a_key_where_one_is_needed(keyed: KeyedServer, server: Server) -> None:
