@@ -122,7 +122,7 @@ class Scheduler:
         batch = self._schedule_decodes()
         budget = self.max_batch_tokens - len(batch)
         for sequence in self.running:
-            if sequence.num_pending > 1 and budget > 0:
+            if sequence.num_pending > 1:  # one at most: who comes behind it is not admitted yet
                 batch.append(Chunk(sequence, min(sequence.num_pending, budget)))
                 budget -= batch[-1].num_tokens
         while budget > 0 and self.waiting and self._admit(self.waiting[0]):

@@ -5,6 +5,7 @@ import random
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -168,6 +169,25 @@ def test_a_stop_string_ends_the_answer_before_it(tiny_model: Path) -> None:
             assert text(deltas) == whole[: whole.index(stop)]
             assert deltas[-1].finish_reason == "stop"
             await until(lambda: all_blocks_are_back(engine))
+
+    run(scenario())
+
+
+def test_what_comes_behind_a_stop_string_is_not_counted(tiny_model: Path) -> None:
+    letters = tuple((token_id, 50.0) for token_id in b"abcdefgh")
+    params = SamplingParams(seed=1, temperature=1.0, max_tokens=60, logit_bias=letters)
+
+    async def scenario() -> None:
+        async with running(tiny_model) as engine:
+            whole = text(await ask(engine, "hello", params))
+            stop = whole[20:23]
+            generation = await engine.generate(user("hello"), replace(params, stop=(stop,)))
+            # It goes on as long as nobody reads.
+            await until(lambda: generation._choices[0].sequence.is_finished)
+            usage = [delta async for delta in generation][-1].usage
+            generation.close()
+            assert usage is not None
+            assert usage.completion_tokens == whole.index(stop) + 3
 
     run(scenario())
 

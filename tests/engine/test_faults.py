@@ -321,7 +321,11 @@ def test_the_deadline_ends_who_waits_who_is_prefilled_and_who_decodes(tiny_model
             assert any(chunk.sequence is last.sequence for batch in steps for chunk in batch)
             assert waiting._choices[0].sequence.num_output_tokens == 0
             async with asyncio.timeout(30):
-                assert text(await ask(engine, "hello", replace(GREEDY, max_tokens=2)))
+                answered = await engine.generate(user("hello"), replace(GREEDY, max_tokens=2))
+                assert text([delta async for delta in answered])
+            answered.close()
+            assert answered._deadline is not None
+            assert answered._deadline.cancelled()
 
     run(scenario())
 

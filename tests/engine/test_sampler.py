@@ -10,13 +10,14 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from engine.sampler import Sampler, draw_uniform
+from engine.sampler import Sampler, _least_kept, draw_uniform
 from engine.sequence import SamplingParams, Sequence
 
 VOCAB = 40
 DRAWS = 20_000
-PROMPT = [3, 5, 5, 8]
-ANSWER = [1, 8, 1, 1]
+# Likely ones: what a penalty does to others would hardly be seen.
+PROMPT = [23, 5, 5, 13]
+ANSWER = [39, 13, 39, 39]
 
 OFF = {"temperature": 1.0, "top_p": 1.0, "top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0}
 
@@ -140,6 +141,11 @@ def test_logits_that_are_no_numbers_fail_their_row_alone(params: SamplingParams,
     assert tokens[1] is None
     assert tokens[0] is not None
     assert tokens[2] is not None
+
+
+def test_where_top_p_is_off_the_least_likely_is_kept_though_the_others_sum_to_1() -> None:
+    probs = torch.tensor([[1.0, 1e-9]])
+    assert _least_kept(probs, torch.tensor([2]), torch.tensor([1.0]), torch.tensor([0.0])) <= probs.min()
 
 
 def test_the_penalties_follow_the_answer_as_it_grows() -> None:
