@@ -428,11 +428,16 @@ def test_a_stop_string_ends_one_of_n_answers_which_is_computed_no_further(tiny_m
         async with running(tiny_model) as engine:
             first, second = map(text, await ask(engine, "?", params, n=2))
             stop = next(first[at : at + 2] for at in range(5, 30) if first[at : at + 2] not in second)
+            params_with_stop = replace(params, stop=(stop,))
             with recorded(engine, seconds=0.005):
-                generation = await engine.generate(user("?"), replace(params, stop=(stop,)), n=2)
+                generation = await engine.generate(user("?"), params_with_stop, n=2)
                 answers = await read(generation)
-            assert [answer[-1].finish_reason for answer in answers] == ["stop", "length"]
             assert generation._choices[0].sequence.num_output_tokens < 60
+            late = await engine.generate(user("?"), params_with_stop, n=2)
+            await until(lambda: all(choice.sequence.is_finished for choice in late._choices))
+            for pieces in (answers, await read(late)):
+                reasons = [[piece.finish_reason for piece in answer if piece.finish_reason] for answer in pieces]
+                assert reasons == [["stop"], ["length"]]
 
     run(scenario())
 
@@ -443,7 +448,7 @@ def test_each_of_n_answers_may_lag_as_far_as_one(tiny_model: Path, monkeypatch: 
     async def scenario() -> None:
         async with running(tiny_model) as engine:
             generation = await engine.generate(user("?"), PLAIN, n=4)
-            await until(lambda: all_blocks_are_back(engine))
+            await until(lambda: all(choice.sequence.is_finished for choice in generation._choices))
             answers = await read(generation)
             assert [answer[-1].finish_reason for answer in answers] == ["length"] * 4
 

@@ -188,6 +188,8 @@ def test_what_comes_behind_a_stop_string_is_not_counted(tiny_model: Path) -> Non
             generation.close()
             assert usage is not None
             assert usage.completion_tokens == whole.index(stop) + 3
+            just_enough = replace(params, stop=(stop,), max_tokens=usage.completion_tokens)
+            assert (await ask(engine, "hello", just_enough))[-1].finish_reason == "stop"
 
     run(scenario())
 

@@ -412,6 +412,23 @@ def test_drain_lets_the_running_finish_and_takes_nobody_in(tiny_model: Path) -> 
     run(scenario())
 
 
+@pytest.mark.parametrize("drains", [True, False])
+def test_who_is_in_flight_when_the_engine_stops_is_told(tiny_model: Path, drains: bool) -> None:
+    async def scenario() -> None:
+        async with running(tiny_model) as engine:
+            generation = await engine.generate(user("x"), LONG)
+            await anext(generation)
+            if drains:
+                await engine.drain(0.01)
+            else:
+                await engine.stop()
+            async with asyncio.timeout(30):
+                with pytest.raises(DrainingError):
+                    _ = [delta async for delta in generation]
+
+    run(scenario())
+
+
 def test_an_engine_that_dies_while_it_drains_tells_everybody_and_drain_ends(tiny_model: Path) -> None:
     async def scenario() -> None:
         async with running(tiny_model, max_num_seqs=3) as engine:

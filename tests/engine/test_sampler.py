@@ -15,7 +15,7 @@ from engine.sequence import SamplingParams, Sequence
 
 VOCAB = 40
 DRAWS = 20_000
-# Likely ones: what a penalty does to others would hardly be seen.
+# Likely ones, of logits above 0 and below: what a penalty does to others would hardly be seen.
 PROMPT = [23, 5, 5, 13]
 ANSWER = [39, 13, 39, 39]
 
@@ -23,7 +23,7 @@ OFF = {"temperature": 1.0, "top_p": 1.0, "top_k": 0, "min_p": 0.0, "repetition_p
 
 
 def make_logits(seed: int = 0) -> torch.Tensor:
-    return 2.5 * torch.randn(VOCAB, generator=torch.Generator().manual_seed(seed))
+    return 2.5 * torch.randn(VOCAB, generator=torch.Generator().manual_seed(seed)) - 4
 
 
 def make_sequence(params: SamplingParams, row: int = 0) -> Sequence:
@@ -131,7 +131,9 @@ def test_each_row_has_its_own_parameters() -> None:
 
 
 @pytest.mark.parametrize(
-    "params", [SamplingParams(), SamplingParams(temperature=0), SamplingParams(top_p=1)], ids=str
+    "params",
+    [SamplingParams(), SamplingParams(temperature=0), SamplingParams(top_p=1), SamplingParams(logprobs=2)],
+    ids=str,
 )
 @pytest.mark.parametrize("poison", [float("nan"), float("inf")])
 def test_logits_that_are_no_numbers_fail_their_row_alone(params: SamplingParams, poison: float) -> None:
@@ -191,7 +193,7 @@ def test_extremes_within_the_bounds_still_give_a_token(extreme: dict[str, float]
 
 def test_tiny_temperatures_are_greedy() -> None:
     logits = make_logits().unsqueeze(0)
-    assert sample(logits, [SamplingParams(temperature=1e-30, top_p=1, repetition_penalty=1)]) == [
+    assert sample(logits, [SamplingParams(temperature=1e-40, top_p=1, repetition_penalty=1)]) == [
         logits.argmax()
     ]
 
@@ -199,5 +201,6 @@ def test_tiny_temperatures_are_greedy() -> None:
 def test_the_uniform_numbers_are_uniform_and_in_bounds() -> None:
     numbers = torch.tensor([draw_uniform(seed, counter) for seed in range(-50, 50) for counter in range(100)])
     assert numbers.min() > 0
+    assert draw_uniform(6_533_000, 0) == 2**-24, "the least there is"
     assert numbers.max() <= 1
     assert chisquare(torch.histc(numbers, 20, 0, 1).double()).pvalue > 1e-3
