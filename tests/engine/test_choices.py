@@ -435,9 +435,9 @@ def test_a_stop_string_ends_one_of_n_answers_which_is_computed_no_further(tiny_m
             assert generation._choices[0].sequence.num_output_tokens < 60
             late = await engine.generate(user("?"), params_with_stop, n=2)
             await until(lambda: all(choice.sequence.is_finished for choice in late._choices))
-            for pieces in (answers, await read(late)):
-                reasons = [[piece.finish_reason for piece in answer if piece.finish_reason] for answer in pieces]
-                assert reasons == [["stop"], ["length"]]
+            for stopped, whole in (answers, await read(late)):
+                assert [piece.finish_reason for piece in stopped if piece.finish_reason] == ["stop"]
+                assert [piece.finish_reason for piece in whole if piece.finish_reason] == ["length"]
 
     run(scenario())
 

@@ -143,6 +143,9 @@ def test_a_prompt_that_does_not_fit_is_refused_with_both_numbers(tiny_model: Pat
         async with running(tiny_model, max_model_len=100) as engine:
             with pytest.raises(PromptTooLongError, match=r"the prompt has 128 tokens; the context is 100"):
                 await engine.generate(user("x" * 105), GREEDY)
+            with pytest.raises(PromptTooLongError, match="has 100 tokens"):
+                await engine.generate(user("x" * 77), GREEDY)
+            assert (await ask(engine, "x" * 76))[-1].usage == Usage(99, 1)
 
     run(scenario())
 

@@ -386,10 +386,12 @@ def test_answers_that_have_ended_do_not_count_as_waiting(tiny_model: Path) -> No
             with recorded(engine, seconds=0.2):
                 running_too = await engine.generate(user("x"), LONG)
                 short = [await engine.generate(user(f"{n}"), replace(GREEDY, max_tokens=1)) for n in range(2)]
+                ended = [generation._choices[0].sequence for generation in short]
+                await until(lambda: all(one.is_finished and one.row < 0 for one in ended))
+                assert engine.stats.waiting == 0
                 for generation in short:
                     assert [delta async for delta in generation][-1].finish_reason == "length"
                     generation.close()
-                assert engine.stats.waiting == 0
                 running_too.close()
 
     run(scenario())
