@@ -19,6 +19,7 @@ from engine.generation import (
     Delta,
     EngineDeadError,
     GenerationError,
+    InvalidPromptError,
     PromptTooLongError,
     QueueFullError,
     Usage,
@@ -146,6 +147,19 @@ def test_a_prompt_that_does_not_fit_is_refused_with_both_numbers(tiny_model: Pat
             with pytest.raises(PromptTooLongError, match="has 100 tokens"):
                 await engine.generate(user("x" * 77), GREEDY)
             assert (await ask(engine, "x" * 76))[-1].usage == Usage(99, 1)
+
+    run(scenario())
+
+
+def test_a_prompt_of_no_tokens_or_of_ids_that_the_model_does_not_have_is_refused(tiny_model: Path) -> None:
+    async def scenario() -> None:
+        async with running(tiny_model) as engine:
+            last = engine.vocab_size - 1
+            for prompt in ([], [-1], [last + 1]):
+                with pytest.raises(InvalidPromptError, match=f"from 0 to {last}, at least one"):
+                    await engine.complete([[1], prompt], GREEDY)
+            generation = await engine.complete([[0, last]], GREEDY)
+            assert [delta async for delta in generation][-1].finish_reason == "length"
 
     run(scenario())
 
