@@ -72,8 +72,7 @@ class Detokenizer:
 
     def flush(self) -> str:
         """The text that was held back: the answer has ended without a stop string."""
-        text, self._held_back = self._held_back, ""
-        return text
+        return self._held_back
 
 
 def _overlap(text: str, stop: str) -> int:

@@ -197,7 +197,7 @@ class Generation:
 
     def fail(self, error: Exception) -> None:
         """Ends the request. Its iterator raises `error` after what has come before."""
-        self._error = self._error or error
+        self._error = error
         self._arrived.set()
         self.close()
 

@@ -223,7 +223,8 @@ def _choose(logits: Tensor, knobs: Knobs, sequences: Seq[Sequence]) -> Tensor:
         return choose(logits, knobs.temperature, knobs.top_k, knobs.top_p, knobs.min_p, knobs.uniform)
     highest, token_ids = logits.max(-1)
     if not all(sequence.params.is_greedy for sequence in sequences):
-        probs = (logits / knobs.temperature.clamp(min=1e-6).unsqueeze(1)).softmax(-1)
+        # Where it is 0, these are no numbers, and not used.
+        probs = (logits / knobs.temperature.unsqueeze(1)).softmax(-1)
         if any(sequence.params.truncates for sequence in sequences):
             probs *= probs >= _least_kept(probs, knobs.top_k.long(), knobs.top_p, knobs.min_p)
         token_ids = torch.where(knobs.temperature > 0, _invert(probs, knobs.uniform), token_ids)

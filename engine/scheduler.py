@@ -81,7 +81,7 @@ class Scheduler:
         Args:
             pool: the KV cache's blocks.
             max_batch_tokens: the most tokens a step computes.
-            max_num_seqs: the most sequences that run at once.
+            max_num_seqs: the most sequences that run at once; no more than `max_batch_tokens`.
             max_drafts: the most guesses of a sequence in a step.
             max_drafted_tokens: the most tokens of a step with guesses, these included.
         """
@@ -122,7 +122,7 @@ class Scheduler:
         batch = self._schedule_decodes()
         budget = self.max_batch_tokens - len(batch)
         for sequence in self.running:
-            if sequence.num_pending > 1 and budget > 0:
+            if sequence.num_pending > 1:  # one at most: who comes behind it is not admitted yet
                 batch.append(Chunk(sequence, min(sequence.num_pending, budget)))
                 budget -= batch[-1].num_tokens
         while budget > 0 and self.waiting and self._admit(self.waiting[0]):
@@ -140,7 +140,7 @@ class Scheduler:
 
         Whoever is finished by `batch` all the same, or removed, is to be left out of it again.
         """
-        if self.max_drafts or len(batch) < len(self.running) or not only_decodes(batch):
+        if self.max_drafts or not only_decodes(batch):
             return []
         if self.waiting and self.waiting[0] is not self._refused:
             return []
@@ -181,7 +181,7 @@ class Scheduler:
 
     def _schedule_decodes(self) -> list[Chunk]:
         batch: list[Chunk] = []
-        for sequence in self.running[: self.max_batch_tokens]:
+        for sequence in list(self.running):
             if sequence.num_pending == 1 and self._grow(sequence):
                 batch.append(Chunk(sequence, 1))
         return batch

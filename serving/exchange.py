@@ -179,7 +179,7 @@ async def read_whole(request: Request, exchange: Exchange) -> tuple[list[Answer]
             answer = answers[delta.choice]
             answer.text += delta.text
             answer.logprobs += delta.logprobs
-            answer.finish_reason = delta.finish_reason or answer.finish_reason
+            answer.finish_reason = delta.finish_reason
         assert delta.usage is not None
         return [answers[choice] for choice in sorted(answers)], delta.usage
 

@@ -11,6 +11,11 @@ def test_blocks_are_allocated_in_order_and_all_of_them() -> None:
         pool.allocate()
 
 
+def test_tokens_take_no_more_blocks_than_they_fill() -> None:
+    pool = BlockPool(4, 16)
+    assert [pool.blocks_for(num_tokens) for num_tokens in (1, 16, 17, 32)] == [1, 1, 2, 2]
+
+
 def test_a_block_is_free_when_its_last_user_has_released_it() -> None:
     pool = BlockPool(2, 16)
     block = pool.allocate()
@@ -64,6 +69,7 @@ def test_forgotten_content_is_not_found() -> None:
 
 
 def test_a_hash_names_the_tokens_and_all_before_them() -> None:
-    parent, other = hash_block(b"", [1, 2]), hash_block(b"", [2, 1])
+    last = 128_255  # the last id of Llama 3
+    parent, other = hash_block(b"", [1, last]), hash_block(b"", [last, 1])
     assert len({parent, other, hash_block(parent, [3]), hash_block(other, [3]), hash_block(b"", [3])}) == 5
-    assert hash_block(parent, [3]) == hash_block(hash_block(b"", [1, 2]), [3])
+    assert hash_block(parent, [3]) == hash_block(hash_block(b"", [1, last]), [3])

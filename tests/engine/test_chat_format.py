@@ -1,4 +1,7 @@
+import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 from tokenizers import Tokenizer
@@ -71,6 +74,23 @@ def test_control_tokens_in_a_message_stay_text(chat_format: ChatFormat, role: st
     assert token in chat_format.tokenizer.decode(hostile, skip_special_tokens=True)
 
 
+def test_a_text_has_at_least_as_many_tokens_as_it_is_said_to() -> None:
+    longest = " " + "x" * 40
+    chat_format = ChatFormat(make_tokenizer({longest: 300}, vocab_size=301))
+    assert chat_format.least_tokens(longest * 50) == len(chat_format.encode(longest * 50)) == 50
+
+
+def test_others_run_while_a_long_text_becomes_tokens() -> None:
+    chat_format = ChatFormat(make_tokenizer())
+    with ThreadPoolExecutor(1) as executor:
+        encoding = executor.submit(chat_format.encode, "ab c " * 50_000)
+        turns = 0
+        while not encoding.done():
+            time.sleep(0.001)
+            turns += 1
+    assert turns > 20
+
+
 def test_the_beginning_of_text_comes_once(chat_format: ChatFormat) -> None:
     token_ids = chat_format.encode_dialog(dialog(("user", "a"), ("assistant", "b"), ("user", "c")))
     assert token_ids[0] == 128000
@@ -85,6 +105,12 @@ def test_a_tokenizer_that_is_not_llama_3s_is_refused_by_name() -> None:
     other = Tokenizer.from_str(make_tokenizer().to_str().replace("<|eot_id|>", "<|im_end|>"))
     with pytest.raises(ValueError, match=r"not Llama-3's.*<\|eot_id\|>"):
         ChatFormat(other)
+
+
+def test_a_file_that_is_no_tokenizer_is_refused_by_name(tmp_path: Path) -> None:
+    (tmp_path / "tokenizer.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"tokenizer\.json is not a readable tokenizer"):
+        ChatFormat.from_pretrained(tmp_path)
 
 
 def test_a_tokenizer_that_would_let_text_become_a_control_token_is_refused() -> None:

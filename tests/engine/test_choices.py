@@ -16,6 +16,7 @@ import torch
 from tokenizers import Tokenizer
 from transformers import LlamaForCausalLM
 
+from engine import generation as generation_module
 from engine.engine import Engine
 from engine.generation import Delta, Generation, GenerationError, QueueFullError
 from engine.grammar import Grammar, GrammarError
@@ -416,6 +417,40 @@ def test_a_stop_token_ends_one_of_n_answers_while_the_others_go_on(model_that_en
                 [alone] = await ask(engine, "?", replace(params, seed=1 + i))
                 assert (text(alone), alone[-1].finish_reason) == (text(answer), reasons[i])
             await until(lambda: all_blocks_are_back(engine))
+
+    run(scenario())
+
+
+def test_a_stop_string_ends_one_of_n_answers_which_is_computed_no_further(tiny_model: Path) -> None:
+    params = replace(PLAIN, seed=1, max_tokens=60)
+
+    async def scenario() -> None:
+        async with running(tiny_model) as engine:
+            first, second = map(text, await ask(engine, "?", params, n=2))
+            stop = next(first[at : at + 2] for at in range(5, 30) if first[at : at + 2] not in second)
+            params_with_stop = replace(params, stop=(stop,))
+            with recorded(engine, seconds=0.005):
+                generation = await engine.generate(user("?"), params_with_stop, n=2)
+                answers = await read(generation)
+            assert generation._choices[0].sequence.num_output_tokens < 60
+            late = await engine.generate(user("?"), params_with_stop, n=2)
+            await until(lambda: all(choice.sequence.is_finished for choice in late._choices))
+            for stopped, whole in (answers, await read(late)):
+                assert [piece.finish_reason for piece in stopped if piece.finish_reason] == ["stop"]
+                assert [piece.finish_reason for piece in whole if piece.finish_reason] == ["length"]
+
+    run(scenario())
+
+
+def test_each_of_n_answers_may_lag_as_far_as_one(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(generation_module, "_MAX_UNREAD", PLAIN.max_tokens)
+
+    async def scenario() -> None:
+        async with running(tiny_model) as engine:
+            generation = await engine.generate(user("?"), PLAIN, n=4)
+            await until(lambda: all(choice.sequence.is_finished for choice in generation._choices))
+            answers = await read(generation)
+            assert [answer[-1].finish_reason for answer in answers] == ["length"] * 4
 
     run(scenario())
 

@@ -5,6 +5,7 @@ import random
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from engine.generation import (
     Delta,
     EngineDeadError,
     GenerationError,
+    InvalidPromptError,
     PromptTooLongError,
     QueueFullError,
     Usage,
@@ -142,6 +144,22 @@ def test_a_prompt_that_does_not_fit_is_refused_with_both_numbers(tiny_model: Pat
         async with running(tiny_model, max_model_len=100) as engine:
             with pytest.raises(PromptTooLongError, match=r"the prompt has 128 tokens; the context is 100"):
                 await engine.generate(user("x" * 105), GREEDY)
+            with pytest.raises(PromptTooLongError, match="has 100 tokens"):
+                await engine.generate(user("x" * 77), GREEDY)
+            assert (await ask(engine, "x" * 76))[-1].usage == Usage(99, 1)
+
+    run(scenario())
+
+
+def test_a_prompt_of_no_tokens_or_of_ids_that_the_model_does_not_have_is_refused(tiny_model: Path) -> None:
+    async def scenario() -> None:
+        async with running(tiny_model) as engine:
+            last = engine.vocab_size - 1
+            for prompt in ([], [-1], [last + 1]):
+                with pytest.raises(InvalidPromptError, match=f"from 0 to {last}, at least one"):
+                    await engine.complete([[1], prompt], GREEDY)
+            generation = await engine.complete([[0, last]], GREEDY)
+            assert [delta async for delta in generation][-1].finish_reason == "length"
 
     run(scenario())
 
@@ -168,6 +186,27 @@ def test_a_stop_string_ends_the_answer_before_it(tiny_model: Path) -> None:
             assert text(deltas) == whole[: whole.index(stop)]
             assert deltas[-1].finish_reason == "stop"
             await until(lambda: all_blocks_are_back(engine))
+
+    run(scenario())
+
+
+def test_what_comes_behind_a_stop_string_is_not_counted(tiny_model: Path) -> None:
+    letters = tuple((token_id, 50.0) for token_id in b"abcdefgh")
+    params = SamplingParams(seed=1, temperature=1.0, max_tokens=60, logit_bias=letters)
+
+    async def scenario() -> None:
+        async with running(tiny_model) as engine:
+            whole = text(await ask(engine, "hello", params))
+            stop = whole[20:23]
+            generation = await engine.generate(user("hello"), replace(params, stop=(stop,)))
+            # It goes on as long as nobody reads.
+            await until(lambda: generation._choices[0].sequence.is_finished)
+            usage = [delta async for delta in generation][-1].usage
+            generation.close()
+            assert usage is not None
+            assert usage.completion_tokens == whole.index(stop) + 3
+            just_enough = replace(params, stop=(stop,), max_tokens=usage.completion_tokens)
+            assert (await ask(engine, "hello", just_enough))[-1].finish_reason == "stop"
 
     run(scenario())
 

@@ -321,7 +321,11 @@ def test_the_deadline_ends_who_waits_who_is_prefilled_and_who_decodes(tiny_model
             assert any(chunk.sequence is last.sequence for batch in steps for chunk in batch)
             assert waiting._choices[0].sequence.num_output_tokens == 0
             async with asyncio.timeout(30):
-                assert text(await ask(engine, "hello", replace(GREEDY, max_tokens=2)))
+                answered = await engine.generate(user("hello"), replace(GREEDY, max_tokens=2))
+                assert text([delta async for delta in answered])
+            answered.close()
+            assert answered._deadline is not None
+            assert answered._deadline.cancelled()
 
     run(scenario())
 
@@ -382,10 +386,12 @@ def test_answers_that_have_ended_do_not_count_as_waiting(tiny_model: Path) -> No
             with recorded(engine, seconds=0.2):
                 running_too = await engine.generate(user("x"), LONG)
                 short = [await engine.generate(user(f"{n}"), replace(GREEDY, max_tokens=1)) for n in range(2)]
+                ended = [generation._choices[0].sequence for generation in short]
+                await until(lambda: all(one.is_finished and one.row < 0 for one in ended))
+                assert engine.stats.waiting == 0
                 for generation in short:
                     assert [delta async for delta in generation][-1].finish_reason == "length"
                     generation.close()
-                assert engine.stats.waiting == 0
                 running_too.close()
 
     run(scenario())
@@ -404,6 +410,23 @@ def test_drain_lets_the_running_finish_and_takes_nobody_in(tiny_model: Path) -> 
             check(await asked, whole, failed=set())
             await draining
             assert not engine.stopped.is_set()
+
+    run(scenario())
+
+
+@pytest.mark.parametrize("drains", [True, False])
+def test_who_is_in_flight_when_the_engine_stops_is_told(tiny_model: Path, drains: bool) -> None:
+    async def scenario() -> None:
+        async with running(tiny_model) as engine:
+            generation = await engine.generate(user("x"), LONG)
+            await anext(generation)
+            if drains:
+                await engine.drain(0.01)
+            else:
+                await engine.stop()
+            async with asyncio.timeout(30):
+                with pytest.raises(DrainingError):
+                    _ = [delta async for delta in generation]
 
     run(scenario())
 

@@ -10,19 +10,20 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from engine.sampler import Sampler, draw_uniform
+from engine.sampler import Sampler, _least_kept, draw_uniform
 from engine.sequence import SamplingParams, Sequence
 
 VOCAB = 40
 DRAWS = 20_000
-PROMPT = [3, 5, 5, 8]
-ANSWER = [1, 8, 1, 1]
+# Likely ones, of logits above 0 and below: what a penalty does to others would hardly be seen.
+PROMPT = [23, 5, 5, 13]
+ANSWER = [39, 13, 39, 39]
 
 OFF = {"temperature": 1.0, "top_p": 1.0, "top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0}
 
 
 def make_logits(seed: int = 0) -> torch.Tensor:
-    return 2.5 * torch.randn(VOCAB, generator=torch.Generator().manual_seed(seed))
+    return 2.5 * torch.randn(VOCAB, generator=torch.Generator().manual_seed(seed)) - 4
 
 
 def make_sequence(params: SamplingParams, row: int = 0) -> Sequence:
@@ -130,7 +131,9 @@ def test_each_row_has_its_own_parameters() -> None:
 
 
 @pytest.mark.parametrize(
-    "params", [SamplingParams(), SamplingParams(temperature=0), SamplingParams(top_p=1)], ids=str
+    "params",
+    [SamplingParams(), SamplingParams(temperature=0), SamplingParams(top_p=1), SamplingParams(logprobs=2)],
+    ids=str,
 )
 @pytest.mark.parametrize("poison", [float("nan"), float("inf")])
 def test_logits_that_are_no_numbers_fail_their_row_alone(params: SamplingParams, poison: float) -> None:
@@ -140,6 +143,11 @@ def test_logits_that_are_no_numbers_fail_their_row_alone(params: SamplingParams,
     assert tokens[1] is None
     assert tokens[0] is not None
     assert tokens[2] is not None
+
+
+def test_where_top_p_is_off_the_least_likely_is_kept_though_the_others_sum_to_1() -> None:
+    probs = torch.tensor([[1.0, 1e-9]])
+    assert _least_kept(probs, torch.tensor([2]), torch.tensor([1.0]), torch.tensor([0.0])) <= probs.min()
 
 
 def test_the_penalties_follow_the_answer_as_it_grows() -> None:
@@ -185,7 +193,7 @@ def test_extremes_within_the_bounds_still_give_a_token(extreme: dict[str, float]
 
 def test_tiny_temperatures_are_greedy() -> None:
     logits = make_logits().unsqueeze(0)
-    assert sample(logits, [SamplingParams(temperature=1e-30, top_p=1, repetition_penalty=1)]) == [
+    assert sample(logits, [SamplingParams(temperature=1e-40, top_p=1, repetition_penalty=1)]) == [
         logits.argmax()
     ]
 
@@ -193,5 +201,6 @@ def test_tiny_temperatures_are_greedy() -> None:
 def test_the_uniform_numbers_are_uniform_and_in_bounds() -> None:
     numbers = torch.tensor([draw_uniform(seed, counter) for seed in range(-50, 50) for counter in range(100)])
     assert numbers.min() > 0
+    assert draw_uniform(6_533_000, 0) == 2**-24, "the least there is"
     assert numbers.max() <= 1
     assert chisquare(torch.histc(numbers, 20, 0, 1).double()).pvalue > 1e-3

@@ -1,4 +1,5 @@
 import random
+from itertools import accumulate
 
 from engine.block_pool import BlockPool
 from engine.scheduler import Chunk, Scheduler, only_decodes
@@ -15,7 +16,7 @@ def make_scheduler(
         max_batch_tokens=max_batch_tokens,
         max_num_seqs=max_num_seqs,
         max_drafts=max_drafts,
-        max_drafted_tokens=8,
+        max_drafted_tokens=12,
     )
 
 
@@ -36,6 +37,21 @@ def compute(scheduler: Scheduler, batch: list[Chunk], token_id: int | None = 7) 
             while chunk.can_go_on:
                 chunk.sequence.append(token_id)
     scheduler.postprocess(batch)
+
+
+def attend(batch: list[Chunk], cache: dict[tuple[int, int], int]) -> None:
+    """Keeps in the cache what a step computes, and checks that each sequence finds there what is its own."""
+    for is_read in (False, True):
+        for chunk in batch:
+            token_ids = chunk.sequence.token_ids[: chunk.end] + chunk.drafts
+            # A token's keys and values are of all the tokens before it too.
+            computed = accumulate(token_ids, lambda before, token_id: hash((before, token_id)))
+            for position, value in enumerate(computed):
+                slot = chunk.sequence.block_table[position // BLOCK], position % BLOCK
+                if is_read:
+                    assert cache[slot] == value
+                elif position in chunk.positions:
+                    cache[slot] = value
 
 
 def drafts(batch: list[Chunk]) -> int:
@@ -142,11 +158,18 @@ def test_who_can_not_be_let_in_keeps_no_step_from_being_launched_ahead_until_som
         assert len(ahead) == 2
         compute(scheduler, batch)
         batch = ahead
+    scheduler.remove(late)
+    assert scheduler.schedule_ahead(batch) == []  # it was not tried whether the next can be let in
+    compute(scheduler, batch)
+    batch = scheduler.schedule()
+    assert scheduler.schedule_ahead(batch)
+    compute(scheduler, batch)
+    batch = scheduler.schedule()
     scheduler.remove(running[0])
     batch = batch[1:]
     assert scheduler.schedule_ahead(batch) == []
     compute(scheduler, batch)
-    assert [chunk.sequence for chunk in scheduler.schedule()] == [running[1], late]
+    assert [chunk.sequence for chunk in scheduler.schedule()] == [running[1], later]
 
 
 def test_blocks_of_a_known_beginning_are_shared_but_the_last_token_is_computed() -> None:
@@ -182,21 +205,48 @@ def test_different_prompts_share_nothing() -> None:
     assert sizes(scheduler.schedule()) == [1, 12]
 
 
+def test_of_a_prompt_in_the_cache_the_end_is_the_first_to_go() -> None:
+    scheduler = make_scheduler(num_blocks=4)
+    for sequence in (make_sequence(12, max_tokens=1), make_sequence(5, max_tokens=1, first=100)):
+        scheduler.add(sequence)
+        step(scheduler)
+    scheduler.add(make_sequence(12, max_tokens=1))
+    assert sizes(scheduler.schedule()) == [4]
+
+
+def test_who_goes_on_as_another_that_decodes_is_let_in_beside_it() -> None:
+    scheduler = make_scheduler()
+    stream, late = make_sequence(7, max_tokens=50), make_sequence(9)
+    scheduler.add(stream)
+    step(scheduler)
+    assert stream.token_ids == late.token_ids[:8]
+    scheduler.add(late)
+    assert [chunk.sequence for chunk in scheduler.schedule()] == [stream, late]
+
+
+def test_who_is_let_in_is_not_preempted_for_those_that_run_already() -> None:
+    scheduler = make_scheduler(num_blocks=5)
+    scheduler.add(make_sequence(7, max_tokens=9))
+    step(scheduler)
+    scheduler.add(make_sequence(12, first=100))
+    while scheduler.has_work:
+        step(scheduler)
+    assert scheduler.num_preemptions == 0
+
+
 def test_when_blocks_run_out_the_youngest_waits_and_comes_back_first() -> None:
     scheduler = make_scheduler(num_blocks=8)
     old, young = make_sequence(8, max_tokens=24), make_sequence(8, max_tokens=20, first=100)
-    scheduler.add(old)
-    scheduler.add(young)
+    late = make_sequence(24, first=200)
+    for sequence in (old, young, late):
+        scheduler.add(sequence)
     while scheduler.num_preemptions == 0:
         step(scheduler)
-    late = make_sequence(8, first=200)
-    scheduler.add(late)
     assert list(scheduler.waiting) == [young, late]
     finished: list[Sequence] = []
     while scheduler.has_work:
         finished += [chunk.sequence for chunk in step(scheduler) if chunk.sequence.is_finished]
-    assert finished[0] is old
-    assert set(finished[1:]) == {young, late}
+    assert finished == [old, young, late]
     assert (old.num_output_tokens, young.num_output_tokens) == (24, 20)
     assert scheduler.pool.num_unused == 8
 
@@ -226,10 +276,11 @@ def test_any_mix_of_arrivals_aborts_and_failures_gives_all_blocks_and_rows_back(
     for _ in range(40):
         blocks = generator.randrange(12, 40)
         scheduler = make_scheduler(
-            blocks, max_batch_tokens=generator.randrange(8, 40), max_drafts=generator.choice([0, 5])
+            blocks, max_batch_tokens=generator.choice([8, 12, 40]), max_drafts=generator.choice([0, 5])
         )
         alive: list[Sequence] = []
         ahead: list[Chunk] = []
+        cache: dict[tuple[int, int], int] = {}
         for _ in range(200):
             if generator.random() < 0.3:
                 length = generator.randrange(1, 30)
@@ -249,12 +300,13 @@ def test_any_mix_of_arrivals_aborts_and_failures_gives_all_blocks_and_rows_back(
             num_ahead += len(ahead)
             assert all(
                 chunk.positions.stop <= len(chunk.sequence.block_table) * BLOCK
-                and chunk.positions.stop
-                <= chunk.sequence.num_prompt_tokens + chunk.sequence.params.max_tokens
+                and len(chunk.sequence.block_hashes) * BLOCK <= len(chunk.sequence.token_ids)
+                and len(chunk.drafts) < chunk.sequence.num_missing
                 for chunk in batch
             )
-            assert sum(sizes(batch)) <= scheduler.max_batch_tokens
-            assert not drafts(batch) or sum(sizes(batch)) + drafts(batch) <= 8
+            attend(batch, cache)
+            assert sum(sizes(batch)) + drafts(batch) <= scheduler.max_batch_tokens
+            assert not drafts(batch) or sum(sizes(batch)) + drafts(batch) <= 12
             failing = generator.random() < 0.05
             if failing and generator.random() < 0.5:
                 for chunk in batch:

@@ -268,6 +268,9 @@ def test_each_status_has_a_code_that_is_the_same_on_every_python() -> None:
 def test_a_body_that_is_too_large_is_refused(tiny_server: Server) -> None:
     response = tiny_server.post(prompt="x" * 200_000)
     assert response.status_code == response.json()["status"] == 413
+    for size, status in ((100_000, 200), (100_001, 413)):
+        body = b'{"prompt": "x", "max_tokens": 1}'.ljust(size)
+        assert requests.post(tiny_server.url, data=body, timeout=60).status_code == status
 
 
 def test_a_chunked_body_without_an_end_is_refused(tiny_server: Server) -> None:

@@ -72,6 +72,8 @@ def name_of(server: Server) -> str:
 def test_each_key_lets_in(keyed: KeyedServer, key: str) -> None:
     assert keyed.ask(key, max_tokens=2).status_code == 200
     assert keyed.get("/v1/models", key).status_code == 200
+    by_hand = {"Authorization": f"bearer  {key}".encode()}
+    assert requests.get(f"{keyed.url}/v1/models", headers=by_hand, timeout=60).status_code == 200
 
 
 WRONG = [

@@ -110,15 +110,19 @@ def test_several_answers_are_one_request_and_their_prompt_is_counted_once(tiny_s
 def test_a_client_that_leaves_is_seen_while_it_is_there_and_counted_as_aborted(
     slow_server: Server, streaming: bool
 ) -> None:
+    lines = slow_server.log.count("finish_reason=aborted")
     before = Figures.of(slow_server.url)
     with posted(slow_server, **LONG | {"stream": streaming}):
-        until(lambda: "prompt_tokens_total" in Figures.of(slow_server.url).since(before))  # it has begun
+        # Long answers are counted while they are made, and what is counted is not counted again.
+        until(lambda: "generation_tokens_total" in Figures.of(slow_server.url).since(before))
         now = Figures.of(slow_server.url)
         assert 0 < now["llama_kv_cache_usage_perc"] < 1
         assert (now["llama_num_requests_running"], now["llama_num_requests_waiting"]) == (1, 0)
     eventually(lambda: Figures.of(slow_server.url).since(before), {"request_finished_total aborted": 1})
     after = Figures.of(slow_server.url)
-    assert 0 < after.since(before)["generation_tokens_total"] < 8000
+    until(lambda: slow_server.log.count("finish_reason=aborted") > lines)
+    told = re.findall(r"completion_tokens=(\d+) \S+ \S+ finish_reason=aborted", slow_server.log)
+    assert after.since(before)["generation_tokens_total"] == int(told[-1]) < 8000
     assert "e2e_request_latency_seconds_count" not in after.since(before)
     until(lambda: in_use(read_metrics(slow_server.url)) == 0)
 

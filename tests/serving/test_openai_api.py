@@ -283,6 +283,8 @@ def test_answers_to_several_prompts_come_in_their_order(tiny: OpenAI) -> None:
     assert texts(together) == [text for answer in alone for text in texts(answer)]
     assert together.usage.prompt_tokens == sum(answer.usage.prompt_tokens for answer in alone)
     both(tiny, TEXT, prompt=prompts, **fields, logprobs=1)
+    held_back = [texts(together)[0][0] + "☠"]  # so that the first answer begins after the others
+    assert texts(create(tiny, TEXT, prompt=prompts, **fields, stop=held_back)) == texts(together)
 
 
 def test_a_prompt_may_be_token_ids(demo: OpenAI) -> None:
