@@ -81,7 +81,8 @@ class Scheduler:
         Args:
             pool: the KV cache's blocks.
             max_batch_tokens: the most tokens a step computes.
-            max_num_seqs: the most sequences that run at once; no more than `max_batch_tokens`.
+            max_num_seqs: the most sequences that run at once; each takes a token of a step, so there are no
+                more than `max_batch_tokens`.
             max_drafts: the most guesses of a sequence in a step.
             max_drafted_tokens: the most tokens of a step with guesses, these included.
         """
@@ -99,7 +100,7 @@ class Scheduler:
         self.num_drafts = 0
         """Guesses that were computed, and how many of them were right."""
         self.num_right_drafts = 0
-        self._free_rows = list(reversed(range(max_num_seqs)))
+        self._free_rows = list(reversed(range(min(max_num_seqs, max_batch_tokens))))
         self._refused: Sequence | None = None
         """Who waits first and could not be admitted: nobody can, until one that runs leaves."""
 
