@@ -366,14 +366,14 @@ def test_retry_after_is_how_long_the_queue_takes(tiny_model: Path) -> None:
 
     async def scenario() -> None:
         async with running(tiny_model, max_num_seqs=2, max_queue=24) as engine:
-            with recorded(engine, seconds=0.02):
+            with recorded(engine, seconds=0.04):
                 told, took = await fill_and_wait(engine)
-                assert took / 4 <= told <= 4 * took + 1
+                assert 1 < took / 3 <= told <= 4 * took + 1
                 # An hour passes in which nobody asks: it is no hour in which nobody could be served.
                 for i in range(len(engine._ended)):
                     engine._ended[i] -= 3600
                 told, took = await fill_and_wait(engine)
-                assert took / 4 <= told <= 4 * took + 1
+                assert 1 < took / 3 <= told <= 4 * took + 1
 
     run(scenario())
 
@@ -444,5 +444,6 @@ def test_an_engine_that_dies_while_it_drains_tells_everybody_and_drain_ends(tiny
                             _ = [delta async for delta in generation]
                     await draining
         assert isinstance(engine.failure, EngineDeadError)
+        assert not engine.stopped.is_set()  # the process ends by itself: a second signal would cut it short
 
     run(scenario())

@@ -16,6 +16,7 @@ from tokenizers import Tokenizer
 
 from engine.detokenizer import TokenBytes
 from engine.grammar import Grammar, GrammarError, Grammars, unpack
+from engine.json_schema import translate
 from tests.models import make_tokenizer
 
 REPOSITORY = Path(__file__).parents[2]
@@ -379,6 +380,22 @@ def nested(depth: int, wrap: Callable[[Any], Any]) -> Any:
     for _ in range(depth):
         value = wrap(value)
     return value
+
+
+def test_how_deep_a_schema_may_be_and_how_many_properties_it_may_have() -> None:
+    def listed(depth: int) -> Schema:
+        schema: Schema = nested(depth, lambda s: {"items": s})
+        return schema
+
+    def with_properties(count: int) -> Schema:
+        return {"properties": {f"p{i}": True for i in range(count)}}
+
+    translate(listed(63))
+    with pytest.raises(GrammarError, match="nested too deeply: at most 64 levels"):
+        translate(listed(64))
+    translate(with_properties(1000))
+    with pytest.raises(GrammarError, match="too many properties: at most 1000"):
+        translate(with_properties(1001))
 
 
 def strings(pattern: str) -> Schema:

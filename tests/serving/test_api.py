@@ -23,6 +23,7 @@ def stream(server: Server, **body: object) -> list[Any]:
     with requests.post(server.url, json={**body, "stream": True}, stream=True, timeout=60) as response:
         assert response.status_code == 200
         assert response.headers["Content-Type"] == "text/event-stream; charset=utf-8"
+        assert response.headers["X-Accel-Buffering"] == "no"  # nginx passes it on as it comes
         return list(read_events(response))
 
 

@@ -203,6 +203,7 @@ def repeated(before: str, part: str, after: str) -> bytes:
         (TEXT, b'{"model": "demo", "prompt": "%b"}' % (" \u202e你".encode() * 500_000), 400),
         (TEXT, b'{"model": "demo", "prompt": "%b"}' % (b"<|eot_id|>" * 5_000), 400),
         ("/", repeated('{"prompt": "a"', '"b": 1', "}").replace(b'"a""', b'"a","'), 413),
+        ("/", b'{"prompt": "a", %b}' % b",".join([b'"b": "c"'] * 40_000), 413),
         ("/", repeated('{"prompt": "a", "history": [', "1", "]}"), 413),
         ("/", b'{"prompt": "a", "stop": "%b"}' % (b'\\"' * 2_000_000), 422),
         ("/", b'{"prompt": "%b' % (b'\\"' * 2_000_000), 400),
