@@ -90,6 +90,7 @@ _EXAMPLES: dict[str, dict[str, dict[str, Any]]] = {
 }
 
 
+@router.head("/docs", include_in_schema=False)
 @router.get("/docs", include_in_schema=False)
 async def show(request: Request) -> HTMLResponse:
     """Swagger UI, all of it from here: FastAPI's own page needs a host that not everybody can reach. Its URLs

@@ -360,7 +360,7 @@ def test_the_command_that_is_told_asks_the_server_where_its_reader_found_it(
         assert "'http://$(id)/'" in requests.get(server.url, headers=headers, timeout=30).json()["ask"]
 
 
-@pytest.mark.parametrize("path", ["/", "/health"])
+@pytest.mark.parametrize("path", ["/", "/health", "/docs", "/docs/swagger/swagger-ui.css"])
 @pytest.mark.parametrize("accept", ["*/*", "text/html"])
 def test_head_is_get_without_the_body(server: Server, path: str, accept: str) -> None:
     """What `curl -I`, link previews and many a load balancer ask."""
