@@ -17,12 +17,12 @@ from serving.errors import ApiError
 
 T = TypeVar("T")
 
+SWAGGER = "/docs/swagger"
+"""Where the files are of which /docs is made."""
 
 # What is left of a body will not be read, however long it is: the connection can't be used again.
 _CLOSE = {"Connection": "close"}
 _BODY_SECONDS = 60.0
-SWAGGER = "/docs/swagger"
-"""Where the files are of which /docs is made."""
 _ONE_AT_A_TIME = "1"
 """Seconds: a place comes free with each answer that ends."""
 
@@ -118,8 +118,11 @@ def count_answers(request: Request, answers: int) -> None:
 
 def is_open(method: str, path: str) -> bool:
     """Whether a request needs no key."""
-    is_page = path in ("/health", "/docs", "/openapi.json") or path.startswith(f"{SWAGGER}/")
-    return is_page or (path == "/" and method in ("GET", "HEAD"))
+    return (
+        path in ("/health", "/docs", "/openapi.json")
+        or path.startswith(f"{SWAGGER}/")
+        or (path == "/" and method in ("GET", "HEAD"))
+    )
 
 
 def _bearer(headers: Headers) -> bytes:

@@ -246,7 +246,6 @@ def test_a_complete_model_is_preferred_to_one_begun(tmp_path: Path) -> None:
 
 
 def test_how_to_sample_is_what_the_models_makers_advise(model: Path) -> None:
-    (model / "generation_config.json").unlink(missing_ok=True)
     assert weights.sampling_defaults(model) == {}
     advice = {"do_sample": True, "temperature": 0.6, "top_p": 0.9, "top_k": None, "eos_token_id": [1, 2]}
     (model / "generation_config.json").write_text(json.dumps(advice))

@@ -906,3 +906,6 @@ def test_every_example_of_the_docs_runs_and_is_answered_as_they_say(server: Serv
                 assert all(fits(value, schema, documented) for value in values), (path, title)
                 num_examples += 1
     assert num_examples >= 9
+    page = requests.get(f"{server.url}/docs", timeout=30)
+    assert page.status_code == 200
+    assert "openapi.json" in page.text
