@@ -6,6 +6,8 @@ one function of `engine.ops`.
 """
 
 import logging
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -52,7 +54,8 @@ class Llama(nn.Module):
         self.dtype = dtype or model.dtype
         # First: where the head has the same weights, they have moved with it.
         self.embedding: Any = model.model.embed_tokens.to(self.device, self.dtype)
-        self.head = join(model.lm_head, int8=int8).to(self.device, self.dtype)
+        joined = partial(join, device=self.device, dtype=self.dtype, int8=int8)
+        self.head = joined(model.lm_head)
         self.cos: Tensor
         self.sin: Tensor
         for name, table in zip(("cos", "sin"), rotary_tables(model), strict=True):
@@ -60,7 +63,7 @@ class Llama(nn.Module):
         self.layers = nn.ModuleList()
         num_layers = len(model.model.layers)
         while model.model.layers:
-            layer = Layer(model.model.layers.pop(0), int8=int8)
+            layer = Layer(model.model.layers.pop(0), joined)
             self.layers.append(layer.to(self.device, self.dtype))
             if len(self.layers) % _LAYERS_TOLD == 0:
                 log.info("%d of %d layers are loaded", len(self.layers), num_layers)
@@ -108,17 +111,21 @@ def rotary_tables(model: LlamaForCausalLM) -> tuple[Tensor, Tensor]:
 class Layer(nn.Module):
     """Attention and MLP. What they compute is added to the residual stream by whoever reads it next."""
 
-    def __init__(self, layer: LlamaDecoderLayer, *, int8: bool) -> None:
+    def __init__(self, layer: LlamaDecoderLayer, joined: Callable[..., nn.Module]) -> None:
+        """
+        Args:
+            joined: makes one linear layer of several, as `join` does.
+        """
         super().__init__()
         attention, mlp = layer.self_attn, layer.mlp
         self._head_dim: int = attention.head_dim
         self._scaling: float = attention.scaling
         self.attention_norm = layer.input_layernorm
-        self.qkv = join(attention.q_proj, attention.k_proj, attention.v_proj, int8=int8)
-        self.output = join(attention.o_proj, int8=int8)
+        self.qkv = joined(attention.q_proj, attention.k_proj, attention.v_proj)
+        self.output = joined(attention.o_proj)
         self.mlp_norm = layer.post_attention_layernorm
-        self.gate_up = join(mlp.gate_proj, mlp.up_proj, int8=int8)
-        self.down = join(mlp.down_proj, int8=int8)
+        self.gate_up = joined(mlp.gate_proj, mlp.up_proj)
+        self.down = joined(mlp.down_proj)
 
     def forward(
         self,
@@ -154,14 +161,22 @@ class Layer(nn.Module):
         return residual, silu_linear(gate_up, self.down, fused=fused)
 
 
-def join(*layers: nn.Linear, int8: bool) -> nn.Module:
-    """One linear layer that gives what `layers` give, side by side."""
+def join(*layers: nn.Linear, device: torch.device, dtype: torch.dtype, int8: bool) -> nn.Module:
+    """One linear layer that gives what `layers` give, side by side.
+
+    Args:
+        device, dtype: where it will compute, and in which type.
+        int8: as in Llama.
+    """
     weight = torch.cat([layer.weight.detach() for layer in layers]) if len(layers) > 1 else layers[0].weight
     biases = [layer.bias.detach() for layer in layers if layer.bias is not None]
     bias = torch.cat(biases) if biases else None
     if int8:
-        return Int8Linear(weight, bias)
-    if can_pack(weight):
+        return Int8Linear(weight, bias).to(device, dtype)
+    if bias is not None:
+        bias = bias.to(device, dtype)
+    weight = weight.to(device, dtype)
+    if can_pack(device, dtype):
         return PackedLinear(weight, bias)
     joined = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
     joined.weight = nn.Parameter(weight, requires_grad=False)

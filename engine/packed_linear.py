@@ -5,7 +5,7 @@ from torch import Tensor, nn
 
 
 class PackedLinear(nn.Module):
-    """A linear layer in float32 that is several times faster at the few rows of a decode step.
+    """A linear layer that is up to several times faster at the few rows of a decode step.
 
     `F.linear` hands oneDNN the plain matrix, which it reorders in every call, or multiplies slowly; torch's
     own inductor packs weights when it freezes a model, with these same operators.
@@ -30,11 +30,10 @@ class PackedLinear(nn.Module):
         return y
 
 
-def can_pack(weight: Tensor) -> bool:
-    """Whether this build of torch packs weights of that type, where they are."""
-    return (
-        weight.dtype == torch.float32
-        and weight.device.type == "cpu"
-        and torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
-        and hasattr(torch.ops.mkldnn, "_reorder_linear_weight")
-    )
+def can_pack(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether this build of torch packs weights of a type there, and the processor computes in it."""
+    if device.type != "cpu" or not hasattr(torch.ops.mkldnn, "_reorder_linear_weight"):
+        return False
+    if dtype == torch.bfloat16:
+        return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    return dtype == torch.float32

@@ -43,7 +43,7 @@ def pretend_to_be_cuda() -> None:
 
 def main() -> None:
     sequences = [Sequence(prompt, SamplingParams(**params)) for prompt, params in json.load(sys.stdin)]
-    vars(llama)["can_pack"] = lambda weight: False
+    vars(llama)["can_pack"] = lambda device, dtype: False
     folder, quantization = sys.argv[1:]
     model = load_model(Path(folder), torch.device("cpu"), torch.float32, int8=quantization == "int8")
     pretend_to_be_cuda()

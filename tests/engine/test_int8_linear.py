@@ -2,6 +2,7 @@
 
 import random
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -87,8 +88,9 @@ def test_a_row_gives_the_same_whatever_is_beside_it() -> None:
 def test_joined_layers_give_what_they_give_alone() -> None:
     layers = [nn.Linear(64, size, bias=False) for size in (8, 32)]
     x = random_tensor(5, 64)
-    alone = [join(layer, int8=True)(x) for layer in layers]
-    assert torch.equal(join(*layers, int8=True)(x), torch.cat(alone, dim=1))
+    joined = partial(join, device=CPU, dtype=torch.float32, int8=True)
+    alone = [joined(layer)(x) for layer in layers]
+    assert torch.equal(joined(*layers)(x), torch.cat(alone, dim=1))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
