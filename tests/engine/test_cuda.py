@@ -1,9 +1,9 @@
-"""What runs on CUDA gives the tokens of transformers: on a GPU, or else in Triton's interpreter."""
+"""What runs on CUDA gives the tokens of transformers: on a GPU, or else where tensors pretend it."""
 
 import json
 import subprocess
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -40,7 +40,7 @@ def test_graphs_give_the_tokens_of_transformers(
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 @pytest.mark.parametrize(("shape", "quantization"), [("mqa-tied", "none"), ("gqa-2", "int8")])
-def test_the_interpreter_gives_the_tokens_of_transformers(
+def test_a_pretended_gpu_gives_the_tokens_of_transformers(
     shape: str, quantization: str, tmp_path: Path
 ) -> None:
     pytest.importorskip("triton", reason="needs Triton, which comes with torch for CUDA")
@@ -49,8 +49,10 @@ def test_the_interpreter_gives_the_tokens_of_transformers(
         model = quantized_copy(model, tmp_path / "quantized")
     sequences = random_sequences(7, seed=5, prompt=range(2, 40), answer=range(1, 20), penalties=[1.0, 1.1])
     expected = generate(model, [list(s.token_ids) for s in sequences], [s.params for s in sequences])
+    for sequence in sequences[::2]:  # what changes no token
+        sequence.params = replace(sequence.params, logprobs=2, logit_bias=((7, 0.0),), min_tokens=1)
     result = subprocess.run(
-        [sys.executable, "-m", "tests.engine.interpreted", str(model), quantization],
+        [sys.executable, "-m", "tests.engine.pretended_gpu", str(model), quantization],
         input=json.dumps([(s.token_ids, asdict(s.params)) for s in sequences]),
         cwd=ROOT, capture_output=True, text=True, timeout=300, check=False,
     )  # fmt: skip
