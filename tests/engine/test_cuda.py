@@ -1,6 +1,7 @@
 """What runs on CUDA gives the tokens of transformers: on a GPU, or else where tensors pretend it."""
 
 import json
+import os
 import subprocess
 import sys
 from dataclasses import asdict, replace
@@ -60,3 +61,30 @@ def test_a_pretended_gpu_gives_the_tokens_of_transformers(
     for sequence, token_ids in zip(sequences, json.loads(result.stdout), strict=True):
         sequence.token_ids = token_ids
     assert_same_tokens(model, sequences, expected)
+
+
+KERNELS = {
+    "_add", "_add_norm", "_attend_to_part", "_choose", "_join_parts", "_multiply", "_penalize",
+    "_rotate_and_store", "_silu_mul",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("capability", "shared_memory"), [(86, 101_376), (90, 232_448)], ids=["RTX 3090", "H100"]
+)
+def test_the_kernels_compile_for_the_cards_and_fit_into_them(
+    capability: int, shared_memory: int, tmp_path: Path
+) -> None:
+    """Bytes that a program can have, by CUDA's programming guide. What an interpreter takes, a compiler
+    need not."""
+    pytest.importorskip("triton", reason="needs Triton, which comes with torch for CUDA")
+    variables = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    result = subprocess.run(
+        [sys.executable, "-m", "tests.engine.compiled", str(capability)],
+        cwd=ROOT, env=variables | {"TRITON_CACHE_DIR": str(tmp_path)},
+        capture_output=True, text=True, timeout=300, check=False,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    needs = [(name, int(needed)) for name, _, needed in map(str.split, result.stdout.splitlines())]
+    assert {name for name, _ in needs} == KERNELS
+    assert max(needed for _, needed in needs) <= shared_memory
