@@ -1,4 +1,4 @@
-"""Compiles the kernels as they are launched for Llama-3-8B, for GPUs that are not here, and tells their needs.
+"""Compiles the kernels as they are launched for Llama-3-8B, for GPUs that are not here; tells their needs.
 
     python -m tests.engine.compiled 80 86 90 120
 
