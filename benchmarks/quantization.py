@@ -52,19 +52,23 @@ def next_token_logits(model: Llama, chat_format: ChatFormat, turns: list[Turn]) 
     found = []
     for prompt, answer in turns:
         prompt_ids = chat_format.encode_dialog(prompt)
-        token_ids = torch.tensor([*prompt_ids, *chat_format.encode_text(answer)], device=model.device)
-        num_tokens = len(token_ids)
-        num_blocks = -(-num_tokens // BLOCK_SIZE)
-        shape = (num_blocks, BLOCK_SIZE, 2, model.config.num_key_value_heads, model.config.head_dim)
-        cache = [torch.zeros(shape, dtype=model.dtype, device=model.device) for _ in model.layers]
-        positions = torch.arange(num_tokens, device=model.device)
-        blocks = torch.arange(num_blocks, device=model.device)
-        span = Span(
-            slice(0, num_tokens), blocks, num_tokens, causal_mask(num_tokens, num_tokens, model.device)
-        )
-        batch = AttentionBatch(cache, positions, [], [span])
-        found.append(model(token_ids, positions, batch, positions[len(prompt_ids) - 1 :]).cpu())
+        token_ids = [*prompt_ids, *chat_format.encode_text(answer)]
+        found.append(logits_from(model, token_ids, len(prompt_ids) - 1).cpu())
     return found
+
+
+def logits_from(model: Llama, token_ids: list[int], first: int) -> Tensor:
+    """What the model says behind each token from number `first` on: [tokens, vocab_size], float32."""
+    num_tokens = len(token_ids)
+    num_blocks = -(-num_tokens // BLOCK_SIZE)
+    shape = (num_blocks, BLOCK_SIZE, 2, model.config.num_key_value_heads, model.config.head_dim)
+    cache = [torch.zeros(shape, dtype=model.dtype, device=model.device) for _ in model.layers]
+    positions = torch.arange(num_tokens, device=model.device)
+    blocks = torch.arange(num_blocks, device=model.device)
+    span = Span(slice(0, num_tokens), blocks, num_tokens, causal_mask(num_tokens, num_tokens, model.device))
+    batch = AttentionBatch(cache, positions, [], [span])
+    logits: Tensor = model(torch.tensor(token_ids, device=model.device), positions, batch, positions[first:])
+    return logits
 
 
 def answers(

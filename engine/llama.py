@@ -170,11 +170,9 @@ def join(*layers: nn.Linear, device: torch.device, dtype: torch.dtype, int8: boo
     """
     weight = torch.cat([layer.weight.detach() for layer in layers]) if len(layers) > 1 else layers[0].weight
     biases = [layer.bias.detach() for layer in layers if layer.bias is not None]
-    bias = torch.cat(biases) if biases else None
+    bias = torch.cat(biases).to(device, dtype) if biases else None
     if int8:
         return Int8Linear(weight, bias).to(device, dtype)
-    if bias is not None:
-        bias = bias.to(device, dtype)
     weight = weight.to(device, dtype)
     if can_pack(device, dtype):
         return PackedLinear(weight, bias)

@@ -46,17 +46,21 @@ def compile_only(kernel: Any, *args: Any, grid: Any, warmup: bool, **options: An
         if parameter.is_constexpr or value is None:
             signature[name], constants[place] = "constexpr", value
             continue
-        is_tensor = isinstance(value, Tensor)
-        signature[name] = (
-            f"*{TYPES[value.dtype]}" if is_tensor else "i32" if isinstance(value, int) else "fp32"
-        )
+        signature[name] = type_of(value)
         is_any = parameter.do_not_specialize or parameter.do_not_specialize_on_alignment
-        if not is_any and (is_tensor or (isinstance(value, int) and value % 16 == 0)):
+        if not is_any and (isinstance(value, Tensor) or (isinstance(value, int) and value % 16 == 0)):
             attributes[place] = [["tt.divisibility", 16]]
     for capability in capabilities:
         source = ASTSource(kernel, signature, constants, attributes)
         done = compile_kernel(source, target=GPUTarget("cuda", capability, 32), options=options)
         print(kernel.fn.__name__, capability, done.metadata.shared, flush=True)
+
+
+def type_of(value: Tensor | float) -> str:
+    """As Triton calls it."""
+    if isinstance(value, Tensor):
+        return f"*{TYPES[value.dtype]}"
+    return "i32" if isinstance(value, int) else "fp32"
 
 
 def tensor(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:

@@ -12,7 +12,6 @@ It changes torch, so it is a process of its own:
 import json
 import os
 import sys
-from itertools import cycle
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Self
@@ -78,14 +77,13 @@ def compute(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
     on_gpu = [isinstance(tensor, GpuTensor) for tensor in tensors]
     devices = [leaf for leaf in leaves if isinstance(leaf, torch.device)]
-    to_gpu = devices[0] == GPU if devices else any(on_gpu[:1])
+    to_gpu = devices[0] == GPU if devices else any(on_gpu[:1] if name in COPIES else on_gpu)
     if name in COPIES:
-        if on_gpu[-1] != to_gpu and True not in [leaf for leaf in leaves if isinstance(leaf, bool)]:
-            waits.append(name)  # as it is not non_blocking
+        if on_gpu[-1] != to_gpu and not any(leaf is True for leaf in leaves):  # as for non_blocking
+            waits.append(name)
     elif any(on_gpu):
         # Numbers alone may come from the CPU.
         assert all(tensor.dim() == 0 for tensor in tensors if not isinstance(tensor, GpuTensor)), name
-        to_gpu = to_gpu or not devices
         if name in READS:
             waits.append(name)
     result = func(*tree_map(held_by, args), **tree_map(held_by, kwargs))
@@ -113,8 +111,8 @@ def interpret(kernel: InterpretedFunction, *args: Any, **options: Any) -> None:
         run(kernel, *map(held_by, args), **options)
 
 
-def on_gpu(values: Any, device: torch.device, dtype: torch.dtype = torch.long) -> Tensor:
-    """As `on_device`, without memory that only CUDA can pin."""
+def on_device(values: Any, device: torch.device, dtype: torch.dtype = torch.long) -> Tensor:
+    """As in the sampler, without memory that only CUDA can pin."""
     return torch.tensor(values, dtype=dtype).to(device, non_blocking=True)
 
 
@@ -124,7 +122,7 @@ def mask(num_queries: int, context_len: int, device: torch.device) -> Tensor:
 
 
 def pretend() -> None:
-    times = cycle([2.0, 1.0])  # ms of a token, and with kernels of its own
+    times = iter([2.0, 1.0])  # ms of a token, and with kernels of its own
     patches: list[tuple[Any, str, Any]] = [
         (InterpretedFunction, "run", interpret),
         (torch.cuda, "Event", lambda: SimpleNamespace(record=lambda: None, synchronize=lambda: None)),
@@ -134,7 +132,7 @@ def pretend() -> None:
         (ModelRunner, "_on_cuda", property(lambda runner: True)),
         (DecodeGraphs, "_record", PlainGraphs._record),
         (decode_graphs, "_milliseconds", lambda replay: next(times)),
-        *((module, "on_device", on_gpu) for module in (decode_graphs, model_runner, sampler)),
+        *((module, "on_device", on_device) for module in (decode_graphs, model_runner, sampler)),
     ]
     # Inference mode, in which they run, has tensors of its own kind.
     for name in ("capture_graphs", "launch", "finish"):

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,6 +15,16 @@ from engine.model_runner import ModelRunner, load_model
 from tests.conftest import ROOT
 from tests.engine.test_same_tokens import assert_same_tokens, generate, random_sequences, run_together
 from tests.models import SHAPES, make_model, quantized_copy
+
+
+def output_of(module: str, *arguments: str, **options: Any) -> str:
+    """What a module prints, as a program."""
+    result = subprocess.run(
+        [sys.executable, "-m", module, *arguments],
+        cwd=ROOT, capture_output=True, text=True, timeout=300, check=False, **options,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    return result.stdout
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
@@ -52,13 +63,9 @@ def test_a_pretended_gpu_gives_the_tokens_of_transformers(
     expected = generate(model, [list(s.token_ids) for s in sequences], [s.params for s in sequences])
     for sequence in sequences[::2]:  # what changes no token
         sequence.params = replace(sequence.params, logprobs=2, logit_bias=((7, 0.0),), min_tokens=1)
-    result = subprocess.run(
-        [sys.executable, "-m", "tests.engine.pretended_gpu", str(model), quantization],
-        input=json.dumps([(s.token_ids, asdict(s.params)) for s in sequences]),
-        cwd=ROOT, capture_output=True, text=True, timeout=300, check=False,
-    )  # fmt: skip
-    assert result.returncode == 0, result.stderr
-    for sequence, token_ids in zip(sequences, json.loads(result.stdout), strict=True):
+    asked = json.dumps([(s.token_ids, asdict(s.params)) for s in sequences])
+    answered = output_of("tests.engine.pretended_gpu", str(model), quantization, input=asked)
+    for sequence, token_ids in zip(sequences, json.loads(answered), strict=True):
         sequence.token_ids = token_ids
     assert_same_tokens(model, sequences, expected)
 
@@ -79,12 +86,8 @@ def test_the_kernels_compile_for_the_cards_and_fit_into_them(
     need not."""
     pytest.importorskip("triton", reason="needs Triton, which comes with torch for CUDA")
     variables = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    result = subprocess.run(
-        [sys.executable, "-m", "tests.engine.compiled", str(capability)],
-        cwd=ROOT, env=variables | {"TRITON_CACHE_DIR": str(tmp_path)},
-        capture_output=True, text=True, timeout=300, check=False,
-    )  # fmt: skip
-    assert result.returncode == 0, result.stderr
-    needs = [(name, int(needed)) for name, _, needed in map(str.split, result.stdout.splitlines())]
+    variables["TRITON_CACHE_DIR"] = str(tmp_path)
+    lines = output_of("tests.engine.compiled", str(capability), env=variables).splitlines()
+    needs = [(name, int(needed)) for name, _, needed in map(str.split, lines)]
     assert {name for name, _ in needs} == KERNELS
     assert max(needed for _, needed in needs) <= shared_memory
