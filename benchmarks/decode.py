@@ -26,7 +26,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
-from itertools import pairwise
+from itertools import chain, pairwise
 from typing import Any
 
 import torch
@@ -39,7 +39,6 @@ from engine.block_pool import BlockPool
 from engine.chat_format import ChatFormat
 from engine.engine import Engine
 from engine.generation import Generation
-from engine.int8_linear import Int8Linear
 from engine.llama import Llama
 from engine.model_runner import ModelRunner, kv_bytes_per_token, kv_tokens_that_fit
 from engine.scheduler import Chunk, Scheduler
@@ -90,7 +89,7 @@ def measure_hardware(args: argparse.Namespace) -> dict[str, float]:
 
 
 def make_model(args: argparse.Namespace) -> Any:
-    """A Llama with random weights, made on the device."""
+    """A Llama with random weights of bfloat16, made on the device. It computes in `args.dtype`."""
     config = LlamaConfig(
         num_hidden_layers=args.layers,
         hidden_size=args.hidden_size,
@@ -103,8 +102,8 @@ def make_model(args: argparse.Namespace) -> Any:
         rms_norm_eps=1e-5,
     )
     with torch.device(args.device):
-        model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, args.dtype))
-    model = model.eval().requires_grad_(False)
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    model = model.to(getattr(torch, args.dtype)).eval().requires_grad_(False)
     if args.device == "cuda":  # as `load_model` does, for the same reason
         torch.backends.cuda.enable_cudnn_sdp(False)
     return model
@@ -169,16 +168,12 @@ def work_result(clients: int, output_tokens: int, duration: float) -> dict[str, 
 # The engine.
 
 
-def plain_bytes(model: Any) -> int:
-    """Bytes that a step reads of a model that is not quantized: all but the embedding."""
-    return int(sum(p.nbytes for p in model.parameters()) - model.get_input_embeddings().weight.nbytes)
-
-
-def int8_bytes(llama: Llama) -> int:
-    """Bytes that a step reads of a quantized model: all but the embedding."""
-    matrices = (m for m in llama.modules() if isinstance(m, Int8Linear))
-    norms = sum(p.nbytes for p in llama.parameters()) - llama.embedding.weight.nbytes
-    return int(norms + sum(buffer.nbytes for matrix in matrices for buffer in matrix.buffers()))
+def bytes_read(llama: Llama) -> int:
+    """Bytes that a step reads of a model: all but the embedding."""
+    layers = (m for m in llama.modules() if m not in (llama, llama.embedding))
+    held = (chain(vars(m).values(), m.parameters(False), m.buffers(False)) for m in layers)
+    tensors = (tensor for tensor in chain.from_iterable(held) if isinstance(tensor, Tensor))
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
 def make_runner(llama: Llama, args: argparse.Namespace) -> tuple[ModelRunner, int]:
@@ -439,13 +434,10 @@ def main() -> None:
         f"matrix product {hardware['matmul'] / 1e12:.2f} TFLOP/s"
     )
     model = make_model(args)
-    weights = plain_bytes(model)
-    print(f"weights read in a step: {weights / 1e9:.2f} GB", flush=True)
     work = baselines(model, args)
     llama = Llama(model, int8=args.quantization == "int8").eval()
-    if args.quantization == "int8":
-        weights = int8_bytes(llama)
-        print(f"weights read in a step of the engine: {weights / 1e9:.2f} GB", flush=True)
+    weights = bytes_read(llama)
+    print(f"weights read in a step: {weights / 1e9:.2f} GB", flush=True)
     runner, num_blocks = make_runner(llama, args)
     decodes = decode_rows(model, runner, num_blocks, weights, hardware, args)
     prefills = prefill_rows(model, runner, num_blocks, hardware, args)

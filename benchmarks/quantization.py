@@ -25,14 +25,13 @@ import torch
 from torch import Tensor
 
 from benchmarks.decode import (
+    bytes_read,
     circumstances,
     free_memory,
-    int8_bytes,
     make_model,
     make_runner,
     measure_prefill,
     measure_steps,
-    plain_bytes,
 )
 from demo.dialogs import Turn, load_dialogs, prompts_and_answers
 from engine.attention import AttentionBatch, Span, causal_mask
@@ -165,10 +164,8 @@ def measure_speed(quantization: str, args: argparse.Namespace) -> dict[str, Any]
     # As the server loads it: int8 is made on the CPU, so that a GPU need not have room for the others.
     model = make_model(argparse.Namespace(**vars(args) | {"device": "cpu" if is_int8 else on}))
     embedding = model.get_input_embeddings().weight.nbytes
-    read = plain_bytes(model)
     llama = Llama(model, device=torch.device(on), int8=is_int8).eval()
-    if is_int8:
-        read = int8_bytes(llama)
+    read = bytes_read(llama)
     peak = torch.cuda.max_memory_allocated() if on == "cuda" else None
     print(f"{quantization}: weights {(read + embedding) / 1e9:.2f} GB, read in a step {read / 1e9:.2f} GB")
     runner, num_blocks = make_runner(llama, args)

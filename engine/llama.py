@@ -16,6 +16,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from engine.attention import AttentionBatch, attend
+from engine.bfloat16_linear import Bfloat16Linear, can_keep
 from engine.int8_linear import Int8Linear
 from engine.ops import linear, norm_linear, rotate_and_store, silu_linear
 from engine.packed_linear import PackedLinear, can_pack
@@ -173,6 +174,8 @@ def join(*layers: nn.Linear, device: torch.device, dtype: torch.dtype, int8: boo
     bias = torch.cat(biases).to(device, dtype) if biases else None
     if int8:
         return Int8Linear(weight, bias).to(device, dtype)
+    if can_keep(weight, device, dtype):
+        return Bfloat16Linear(weight, bias)
     weight = weight.to(device, dtype)
     if can_pack(device, dtype):
         return PackedLinear(weight, bias)

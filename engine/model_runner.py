@@ -72,7 +72,7 @@ def load_model(model: Path, device: torch.device, dtype: torch.dtype, *, int8: b
     # enough for what they are made of, and nothing that is left of this takes room from the KV cache.
     loaded = LlamaForCausalLM.from_pretrained(
         model,
-        dtype="auto" if int8 or device.type == "cuda" else dtype,
+        dtype="auto",
         device_map={"": "cpu"},
         local_files_only=True,
     )
@@ -80,7 +80,7 @@ def load_model(model: Path, device: torch.device, dtype: torch.dtype, *, int8: b
         # It plans anew for each length of context, which takes longer than to attend.
         torch.backends.cuda.enable_cudnn_sdp(False)
     llama = Llama(loaded, device=device, dtype=dtype, int8=int8).eval()
-    if int8 and device.type == "cpu":
+    if device.type == "cpu":
         for parameter in llama.parameters():  # what is not a copy yet would keep all of the files mapped
             parameter.data = parameter.data.clone()
     return llama

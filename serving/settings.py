@@ -43,7 +43,7 @@ class Settings(BaseSettings):
     device: Literal["auto", "cuda", "cpu"] = "auto"
     """where the model runs; auto: on the GPU if there is one"""
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"
-    """type of the weights; auto: bfloat16 on a GPU, float32 on the CPU"""
+    """type that is computed in; auto: bfloat16 on a GPU, float32 on the CPU"""
     quantization: Literal["none", "int8"] = "none"
     """int8: a byte for each weight; on the CPU that is faster for few requests at once, slower for many"""
     threads: int = Field(0, ge=0, le=1024)

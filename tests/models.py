@@ -67,7 +67,14 @@ SHAPES = {
 }
 
 
-def make_model(folder: Path, shape: str = "gqa-2", *, context: int = 512, seed: int = 0) -> Path:
+def make_model(
+    folder: Path,
+    shape: str = "gqa-2",
+    *,
+    context: int = 512,
+    seed: int = 0,
+    dtype: torch.dtype = torch.float32,
+) -> Path:
     """Writes a model with random weights and its tokenizer into `folder`, and returns it."""
     tokenizer = make_tokenizer()
     torch.manual_seed(seed)
@@ -85,7 +92,7 @@ def make_model(folder: Path, shape: str = "gqa-2", *, context: int = 512, seed: 
     model = LlamaForCausalLM(config)
     if not config.tie_word_embeddings:
         forbid_tokens(model, list(range(256, config.vocab_size)))
-    model.save_pretrained(folder)
+    model.to(dtype).save_pretrained(folder)
     tokenizer.save(str(folder / "tokenizer.json"))
     return folder
 

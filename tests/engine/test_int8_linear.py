@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import LlamaForCausalLM
 
-from benchmarks.decode import int8_bytes
+from benchmarks.decode import bytes_read
 from benchmarks.quantization import next_token_logits
 from demo.dialogs import load_dialogs, prompts_and_answers
 from engine.chat_format import ChatFormat
@@ -133,7 +133,7 @@ def test_a_weight_takes_a_byte(shape: str, tmp_path: Path) -> None:
     matrices = [module.weight for module in reference.modules() if isinstance(module, nn.Linear)]
     norms = [parameter for parameter in reference.parameters() if parameter.dim() == 1]
     model = load_model(folder, CPU, torch.float32, int8=True)
-    assert int8_bytes(model) == (
+    assert bytes_read(model) == (
         sum(matrix.numel() + 4 * len(matrix) for matrix in matrices) + sum(norm.nbytes for norm in norms)
     )
     leaves = {type(module) for module in model.modules() if not list(module.children())}

@@ -126,9 +126,10 @@ def assert_same_tokens(model: Path, sequences: list[Sequence], expected: list[li
     assert ties <= len(sequences) // 20
 
 
+@pytest.mark.parametrize("published_in", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("shape", SHAPES)
-def test_the_tokens_of_transformers(shape: str, tmp_path: Path) -> None:
-    model = make_model(tmp_path, shape)
+def test_the_tokens_of_transformers(shape: str, published_in: torch.dtype, tmp_path: Path) -> None:
+    model = make_model(tmp_path, shape, dtype=published_in)
     sequences = make_sequences()
     expected = generate(model, [list(s.token_ids) for s in sequences], [s.params for s in sequences])
 
