@@ -92,21 +92,20 @@ def compiled(*flags: str) -> Kernel | None:
     compiler = shlex.split(os.environ.get("CC", "cc"))
     # Without libraries: the threads must be those of the OpenMP that torch has loaded, not a second set.
     options = ["-O3", "-march=native", "-fopenmp", "-shared", "-fPIC", "-ffreestanding", "-nostdlib", *flags]
-    with TemporaryDirectory() as folder:
-        path = Path(folder, "linear.so")
-        try:
-            subprocess.run(
-                [*compiler, *options, _SOURCE, "-o", path], check=True, capture_output=True, text=True
-            )
+    try:
+        with TemporaryDirectory() as folder:
+            path = Path(folder, "linear.so")
+            command = [*compiler, *options, _SOURCE, "-o", path]
+            subprocess.run(command, check=True, capture_output=True, text=True)
             library = ctypes.CDLL(str(path))
-        except (OSError, subprocess.CalledProcessError) as error:
-            reason = getattr(error, "stderr", None) or str(error)
-            log.info(
-                "weights stay in float32: in bfloat16 they would take half the memory and time, but for that "
-                "a C compiler (gcc) and a processor with AVX2 are needed: %s",
-                reason.strip().splitlines()[-1],
-            )
-            return None
+    except (OSError, subprocess.CalledProcessError) as error:
+        reason = getattr(error, "stderr", None) or str(error)
+        log.info(
+            "weights stay in float32: in bfloat16 they would take half the memory and time, but for that a C "
+            "compiler (gcc) and a processor with AVX2 are needed: %s",
+            reason.strip().splitlines()[-1],
+        )
+        return None
     library.linear.argtypes = [ctypes.c_void_p] * 5 + [ctypes.c_int64] * 3 + [ctypes.c_int]
     library.linear.restype = None
     return Kernel(library.linear, ctypes.c_int64.in_dll(library, "width").value)
