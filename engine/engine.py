@@ -468,7 +468,7 @@ def load(
             torch.set_num_threads(threads)
         on = choose_device(device)
         loaded = load_model(model, on, choose_dtype(dtype, on), int8=quantization == "int8")
-        batch_tokens = max_batch_tokens or (96 if on.type == "cpu" else 2048)
+        batch_tokens = max_batch_tokens or (80 if on.type == "cpu" else 2048)
         num_seqs = min(max_num_seqs, batch_tokens)  # each takes a token of the budget
         context = max_model_len or loaded.config.max_position_embeddings
         _check_memory(kv_cache_tokens, kv_bytes_per_token(loaded), on)

@@ -67,7 +67,7 @@ class Settings(BaseSettings):
     max_num_seqs: int = Field(256, ge=1, le=4096)
     """most requests that run at once; no more than max_batch_tokens, as each takes a token of it"""
     max_batch_tokens: int = Field(0, ge=0)
-    """most tokens computed in a step; 0: 2048 on a GPU, 96 on the CPU"""
+    """most tokens computed in a step; 0: 2048 on a GPU, 80 on the CPU"""
     kv_cache_tokens: int = Field(0, ge=0)
     """tokens that the KV cache holds; 0: as many as there is memory for"""
     gpu_memory_utilization: float = Field(0.9, gt=0, le=1)
