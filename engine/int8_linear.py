@@ -1,6 +1,7 @@
 """A linear layer whose weights are int8, of half the memory of bfloat16's; what it computes with is not.
 
-On CUDA it is a Triton kernel of our own, on the CPU an operator of torch. What else there is, on 2026-11-24:
+On CUDA it is a Triton kernel of our own. On the CPU it is an operator of torch, where NarrowLinear can't be.
+What else there is, on 2026-11-24:
 
 - torch's `_weight_int8pack_mm` on CUDA is one thread, later one warp, for each number of the output, which
   reads the weights again for each row, and copies what it is given to float32 (aten/native/cuda/int8mm.cu).
@@ -39,10 +40,8 @@ class Int8Linear(nn.Module):
         self.weight: Tensor
         self.scale: Tensor
         self.bias: Tensor | None
-        parts = [quantize(part) for part in torch.split(weight.detach(), _ROWS)]
-        self.register_buffer("weight", torch.cat([part for part, _ in parts]))
-        self.register_buffer("scale", torch.cat([scale for _, scale in parts]))
-        self.register_buffer("bias", bias)
+        for name, tensor in zip(("weight", "scale", "bias"), (*quantize(weight), bias), strict=True):
+            self.register_buffer(name, tensor)
 
     def forward(self, x: Tensor) -> Tensor:
         """[rows, in_features] -> [rows, out_features]"""
@@ -66,6 +65,11 @@ def quantize(weight: Tensor) -> tuple[Tensor, Tensor]:
         [rows, columns], int8, and [rows], bfloat16, whose product is nearest to `weight`. Where a row is not
         all numbers, its scale is none, and so is all that comes of it.
     """
+    parts = [_quantize(part) for part in torch.split(weight.detach(), _ROWS)]
+    return torch.cat([quantized for quantized, _ in parts]), torch.cat([scale for _, scale in parts])
+
+
+def _quantize(weight: Tensor) -> tuple[Tensor, Tensor]:
     highest = torch.linalg.vector_norm(weight, float("inf"), dim=1, dtype=torch.float32)
     scale = (highest / 127).clamp(min=torch.finfo(torch.bfloat16).tiny).bfloat16()
     return (weight.float() / scale.unsqueeze(1)).round_().to(torch.int8), scale

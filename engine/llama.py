@@ -16,8 +16,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from engine.attention import AttentionBatch, attend
-from engine.bfloat16_linear import Bfloat16Linear, can_keep
-from engine.int8_linear import Int8Linear
+from engine.int8_linear import Int8Linear, quantize
+from engine.narrow_linear import NarrowLinear, can_narrow, is_bfloat16
 from engine.ops import linear, norm_linear, rotate_and_store, silu_linear
 from engine.packed_linear import PackedLinear, can_pack
 
@@ -172,10 +172,13 @@ def join(*layers: nn.Linear, device: torch.device, dtype: torch.dtype, int8: boo
     weight = torch.cat([layer.weight.detach() for layer in layers]) if len(layers) > 1 else layers[0].weight
     biases = [layer.bias.detach() for layer in layers if layer.bias is not None]
     bias = torch.cat(biases).to(device, dtype) if biases else None
+    if can_narrow(device, dtype):
+        if int8:
+            return NarrowLinear(*quantize(weight), bias)
+        if is_bfloat16(weight):
+            return NarrowLinear(weight.bfloat16(), None, bias)
     if int8:
         return Int8Linear(weight, bias).to(device, dtype)
-    if can_keep(weight, device, dtype):
-        return Bfloat16Linear(weight, bias)
     weight = weight.to(device, dtype)
     if can_pack(device, dtype):
         return PackedLinear(weight, bias)

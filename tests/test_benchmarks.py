@@ -11,7 +11,7 @@ import pytest
 
 from benchmarks import scaling
 from benchmarks.random_model import write_random_model
-from engine.bfloat16_linear import compiled
+from engine.narrow_linear import compiled
 from tests.conftest import ROOT
 
 WEIGHT = 2 if compiled() else 4

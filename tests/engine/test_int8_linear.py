@@ -18,6 +18,7 @@ from engine.chat_format import ChatFormat
 from engine.int8_linear import Int8Linear, quantize
 from engine.llama import Llama, join
 from engine.model_runner import load_model
+from engine.narrow_linear import NarrowLinear, compiled
 from serving.settings import DEMO_MODEL
 from tests.conftest import LIMIT, Server
 from tests.models import SHAPES, make_model, quantized_copy
@@ -133,11 +134,10 @@ def test_a_weight_takes_a_byte(shape: str, tmp_path: Path) -> None:
     matrices = [module.weight for module in reference.modules() if isinstance(module, nn.Linear)]
     norms = [parameter for parameter in reference.parameters() if parameter.dim() == 1]
     model = load_model(folder, CPU, torch.float32, int8=True)
-    assert bytes_read(model) == (
-        sum(matrix.numel() + 4 * len(matrix) for matrix in matrices) + sum(norm.nbytes for norm in norms)
-    )
+    exact = sum(matrix.numel() + 4 * len(matrix) for matrix in matrices) + sum(norm.nbytes for norm in norms)
+    assert exact <= bytes_read(model) < exact + 32 * (model.config.hidden_size + 4)  # a panel of the head
     leaves = {type(module) for module in model.modules() if not list(module.children())}
-    assert leaves == {nn.Embedding, Int8Linear, type(model.norm)}
+    assert leaves == {nn.Embedding, NarrowLinear if compiled() else Int8Linear, type(model.norm)}
     assert model.embedding.weight.dtype == model.norm.weight.dtype == torch.float32
 
 
