@@ -172,13 +172,12 @@ def join(*layers: nn.Linear, device: torch.device, dtype: torch.dtype, int8: boo
     weight = torch.cat([layer.weight.detach() for layer in layers]) if len(layers) > 1 else layers[0].weight
     biases = [layer.bias.detach() for layer in layers if layer.bias is not None]
     bias = torch.cat(biases).to(device, dtype) if biases else None
-    if can_narrow(device, dtype):
-        if int8:
-            return NarrowLinear(*quantize(weight), bias)
-        if is_bfloat16(weight):
-            return NarrowLinear(weight.bfloat16(), None, bias)
     if int8:
+        if can_narrow(torch.int8, device, dtype):
+            return NarrowLinear(*quantize(weight), bias)
         return Int8Linear(weight, bias).to(device, dtype)
+    if can_narrow(torch.bfloat16, device, dtype) and is_bfloat16(weight):
+        return NarrowLinear(weight.bfloat16(), None, bias)
     weight = weight.to(device, dtype)
     if can_pack(device, dtype):
         return PackedLinear(weight, bias)

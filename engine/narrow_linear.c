@@ -13,6 +13,10 @@
 
 #include <stdint.h>
 
+#ifndef INPUTS
+#error "how many a word has weights for: 1 of bfloat16, or 2 of int8"
+#endif
+
 #if defined(__AVX512F__)
 enum { LANES = 16, ROWS = 14 }; /* 2 x 14 sums, 2 weights and an input: there are 32 registers */
 #define EACH_COUNT(_) _(1) _(2) _(3) _(4) _(5) _(6) _(7) _(8) _(9) _(10) _(11) _(12) _(13) _(14)
@@ -43,32 +47,30 @@ static const float zeros[WIDTH], ones[WIDTH] = {[0 ... WIDTH - 1] = 1};
 #define ALWAYS_INLINE static inline __attribute__((always_inline))
 
 /* Of one of the inputs that words are for, the weights of the lower rows, or of the upper ones, as float32. */
-ALWAYS_INLINE floats widen(const words word, const int inputs, const int input, const int upper)
+ALWAYS_INLINE floats widen(const words word, const int input, const int upper)
 {
-    if (inputs == 1) /* a bfloat16 is the upper half of the float32 of the same value */
+    if (INPUTS == 1) /* a bfloat16 is the upper half of the float32 of the same value */
         return upper ? (floats)(word & 0xffff0000u) : (floats)(word << 16);
     return __builtin_convertvector((ints)(word << (24 - 16 * input - 8 * upper)) >> 24, floats);
 }
 
 /* Adds the products of `depth` inputs of `rows` rows, x, with a panel's weights to what is at `before`.
  *
- * inputs: those that a word has weights for, 1 of bfloat16 or 2 of int8; x: [depth][rows];
- * weight: [depth / inputs][LANES], each to be multiplied with the scale of its row, [WIDTH];
+ * x: [depth][rows]; weight: [depth / INPUTS][LANES], each to be multiplied with the scale of its row, [WIDTH];
  * before, y: [rows][WIDTH], rows being a stride apart. */
 ALWAYS_INLINE void add_products(
-    const int rows, const int inputs, const float *x, const uint32_t *weight, const float *scale, int64_t depth,
+    const int rows, const float *x, const uint32_t *weight, const float *scale, int64_t depth,
     const float *before, int64_t before_stride, float *y, int64_t y_stride)
 {
     floats lower[ROWS], upper[ROWS];
 #pragma GCC unroll 16
     for (int row = 0; row < rows; row++) lower[row] = upper[row] = (floats){0};
-    for (int64_t k = 0; k < depth; k += inputs, weight += LANES) {
-        __builtin_prefetch(weight + DEPTH / inputs * LANES, 0, 2);
+    for (int64_t k = 0; k < depth; k += INPUTS, weight += LANES) {
+        __builtin_prefetch(weight + DEPTH / INPUTS * LANES, 0, 2);
         const words word = *(const words_there *)weight;
 #pragma GCC unroll 2
-        for (int input = 0; input < inputs; input++, x += rows) {
-            const floats lower_weight = widen(word, inputs, input, 0);
-            const floats upper_weight = widen(word, inputs, input, 1);
+        for (int input = 0; input < INPUTS; input++, x += rows) {
+            const floats lower_weight = widen(word, input, 0), upper_weight = widen(word, input, 1);
 #pragma GCC unroll 16
             for (int row = 0; row < rows; row++) {
                 lower[row] += lower_weight * x[row];
@@ -89,9 +91,9 @@ ALWAYS_INLINE void add_products(
 static inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
 /* As `linear`, for at least one row, and at most MOST. */
-ALWAYS_INLINE void multiply(
-    const int inputs, const float *x, const uint32_t *weight, const float *scale, const float *bias, float *y,
-    float *scratch, int64_t rows, int64_t in_features, int64_t out_features, int threads)
+static void multiply(
+    const float *x, const uint32_t *weight, const float *scale, const float *bias, float *y, float *scratch,
+    int64_t rows, int64_t in_features, int64_t out_features, int threads)
 {
     const int64_t tiles = (rows + ROWS - 1) / ROWS, height = (rows + tiles - 1) / tiles;
 #pragma omp parallel num_threads(threads)
@@ -111,14 +113,14 @@ ALWAYS_INLINE void multiply(
                 for (int64_t tile = 0; tile < rows; tile += height) {
                     const int64_t count = least(height, rows - tile), depth = least(DEPTH, in_features - k);
                     const float *from = scratch + tile * in_features + k * count;
-                    const uint32_t *part = weight + (panel / WIDTH * in_features + k) / inputs * LANES;
+                    const uint32_t *part = weight + (panel / WIDTH * in_features + k) / INPUTS * LANES;
                     const float *scales = scale ? scale + panel : ones;
                     float *sums = y + tile * out_features + panel;
                     const float *before = k ? sums : bias ? bias + panel : zeros;
                     const int64_t stride = k ? out_features : 0;
                     switch (count) { /* sums stay in registers where the compiler knows how many there are */
 #define CASE(ROWS) \
-    case ROWS: add_products(ROWS, inputs, from, part, scales, depth, before, stride, sums, out_features); break;
+    case ROWS: add_products(ROWS, from, part, scales, depth, before, stride, sums, out_features); break;
                         EACH_COUNT(CASE)
                     }
                 }
@@ -127,20 +129,13 @@ ALWAYS_INLINE void multiply(
 
 /* y = x * (scale * weight)^T + bias
  *
- * inputs: those that a word has weights for, 1 or 2; x: [rows][in_features], a multiple of that;
- * weight: [out_features / WIDTH][in_features / inputs][LANES]; scale, bias: [out_features], or none;
- * y: [rows][out_features], a multiple of WIDTH; scratch: of x's size. */
+ * x: [rows][in_features], a multiple of INPUTS; weight: [out_features / WIDTH][in_features / INPUTS][LANES];
+ * scale, bias: [out_features], or none; y: [rows][out_features], a multiple of WIDTH; scratch: of x's size. */
 void linear(
-    int inputs, const float *x, const uint32_t *weight, const float *scale, const float *bias, float *y,
-    float *scratch, int64_t rows, int64_t in_features, int64_t out_features, int threads)
+    const float *x, const uint32_t *weight, const float *scale, const float *bias, float *y, float *scratch,
+    int64_t rows, int64_t in_features, int64_t out_features, int threads)
 {
-    for (int64_t row = 0; row < rows; row += MOST) {
-        const float *from = x + row * in_features;
-        float *to = y + row * out_features;
-        const int64_t count = least(MOST, rows - row);
-        if (inputs == 1)
-            multiply(1, from, weight, scale, bias, to, scratch, count, in_features, out_features, threads);
-        else
-            multiply(2, from, weight, scale, bias, to, scratch, count, in_features, out_features, threads);
-    }
+    for (int64_t row = 0; row < rows; row += MOST)
+        multiply(x + row * in_features, weight, scale, bias, y + row * out_features, scratch,
+                 least(MOST, rows - row), in_features, out_features, threads);
 }

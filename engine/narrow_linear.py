@@ -25,6 +25,8 @@ from torch import Tensor, nn
 log = logging.getLogger("llama.engine")
 
 _SOURCE = Path(__file__).with_suffix(".c")
+_INPUTS = {torch.bfloat16: 1, torch.int8: 2}
+"""For so many of them a word of the packed weights has one each, of two rows."""
 
 
 class NarrowLinear(nn.Module):
@@ -49,15 +51,15 @@ class NarrowLinear(nn.Module):
             flags: for the compiler.
         """
         super().__init__()
-        kernel = compiled(*flags)
+        kernel = compiled(weight.dtype, *flags)
         assert kernel is not None
         self._linear = kernel.linear
-        self._inputs = 2 // weight.element_size()
         self._out_features, in_features = weight.shape
+        inputs = _INPUTS[weight.dtype]
         missing = -self._out_features % kernel.width
-        self._missing_inputs = -in_features % self._inputs
+        self._missing_inputs = -in_features % inputs
         weight = F.pad(weight.detach(), (0, self._missing_inputs, 0, missing))
-        panels = weight.view(-1, 2, kernel.width // 2, weight.shape[1] // self._inputs, self._inputs)
+        panels = weight.view(-1, 2, kernel.width // 2, weight.shape[1] // inputs, inputs)
         words = panels.permute(0, 3, 2, 4, 1).flatten(3).contiguous().view(torch.int32).squeeze(-1)
 
         def padded(vector: Tensor | None) -> Tensor | None:
@@ -77,13 +79,13 @@ class NarrowLinear(nn.Module):
         y, scratch = x.new_empty(len(x), panels * 2 * lanes), torch.empty_like(x)
         tensors = (x, self.weight, self.scale, self.bias, y, scratch)
         pointers = (None if tensor is None else tensor.data_ptr() for tensor in tensors)
-        self._linear(self._inputs, *pointers, *x.shape, y.shape[1], torch.get_num_threads())
+        self._linear(*pointers, *x.shape, y.shape[1], torch.get_num_threads())
         return y[:, : self._out_features]
 
 
-def can_narrow(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether a layer that computes in a type on a device can be such a one."""
-    return device.type == "cpu" and dtype == torch.float32 and compiled() is not None
+def can_narrow(to: torch.dtype, device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether a layer that computes in a type on a device can be such a one, with weights of type `to`."""
+    return device.type == "cpu" and dtype == torch.float32 and compiled(to) is not None
 
 
 def is_bfloat16(weight: Tensor) -> bool:
@@ -100,15 +102,17 @@ class Kernel(NamedTuple):
 
 
 @cache
-def compiled(*flags: str) -> Kernel | None:
+def compiled(narrow: torch.dtype, *flags: str) -> Kernel | None:
     """The product, compiled for this processor, in a fraction of a second; None where that can't be done.
 
     Args:
+        narrow: the type of the weights.
         flags: for the compiler, after its own.
     """
     compiler = shlex.split(os.environ.get("CC", "cc"))
     # Without libraries: the threads must be those of the OpenMP that torch has loaded, not a second set.
-    options = ["-O3", "-march=native", "-fopenmp", "-shared", "-fPIC", "-ffreestanding", "-nostdlib", *flags]
+    options = ["-O3", "-march=native", "-fopenmp", "-shared", "-fPIC", "-ffreestanding", "-nostdlib"]
+    options += [f"-DINPUTS={_INPUTS[narrow]}", *flags]
     try:
         with TemporaryDirectory() as folder:
             path = Path(folder, "linear.so")
@@ -118,11 +122,12 @@ def compiled(*flags: str) -> Kernel | None:
     except (OSError, subprocess.CalledProcessError) as error:
         reason = getattr(error, "stderr", None) or str(error)
         log.info(
-            "weights of bfloat16 become float32, twice as large and as slow, as their product can't be "
-            "compiled; that needs a C compiler (gcc) and a processor with AVX2: %s",
+            "this is half as fast as it could be: the product with weights of %s can't be compiled, which "
+            "needs a C compiler (gcc) and a processor with AVX2: %s",
+            str(narrow).removeprefix("torch."),
             reason.strip().splitlines()[-1],
         )
         return None
-    library.linear.argtypes = [ctypes.c_int, *[ctypes.c_void_p] * 6, *[ctypes.c_int64] * 3, ctypes.c_int]
+    library.linear.argtypes = [ctypes.c_void_p] * 6 + [ctypes.c_int64] * 3 + [ctypes.c_int]
     library.linear.restype = None
     return Kernel(library.linear, ctypes.c_int64.in_dll(library, "width").value)

@@ -8,13 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from benchmarks import scaling
 from benchmarks.random_model import write_random_model
 from engine.narrow_linear import compiled
 from tests.conftest import ROOT
 
-WEIGHT = 2 if compiled() else 4
+WEIGHT = 2 if compiled(torch.bfloat16) else 4
 """Bytes of one that is bfloat16 and computes in float32, on the CPU."""
 
 

@@ -137,7 +137,7 @@ def test_a_weight_takes_a_byte(shape: str, tmp_path: Path) -> None:
     exact = sum(matrix.numel() + 4 * len(matrix) for matrix in matrices) + sum(norm.nbytes for norm in norms)
     assert exact <= bytes_read(model) < exact + 32 * (model.config.hidden_size + 4)  # a panel of the head
     leaves = {type(module) for module in model.modules() if not list(module.children())}
-    assert leaves == {nn.Embedding, NarrowLinear if compiled() else Int8Linear, type(model.norm)}
+    assert leaves == {nn.Embedding, NarrowLinear if compiled(torch.int8) else Int8Linear, type(model.norm)}
     assert model.embedding.weight.dtype == model.norm.weight.dtype == torch.float32
 
 

@@ -99,9 +99,10 @@ def test_only_what_bfloat16_holds_is_kept_in_it() -> None:
         other = weight.double()
         other[7, 3] = value
         assert not is_bfloat16(other)
-    assert can_narrow(CPU, torch.float32)
-    assert not can_narrow(CPU, torch.bfloat16)
-    assert not can_narrow(torch.device("cuda"), torch.float32)
+    for narrow in (torch.bfloat16, torch.int8):
+        assert can_narrow(narrow, CPU, torch.float32)
+        assert not can_narrow(narrow, CPU, torch.bfloat16)
+        assert not can_narrow(narrow, torch.device("cuda"), torch.float32)
 
 
 def matrices(model: Llama) -> set[type[nn.Module]]:
