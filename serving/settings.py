@@ -45,7 +45,7 @@ class Settings(BaseSettings):
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"
     """type that is computed in; auto: bfloat16 on a GPU, float32 on the CPU"""
     quantization: Literal["none", "int8"] = "none"
-    """int8: a byte for each weight; on the CPU that is faster for few requests at once, slower for many"""
+    """int8: a byte for each weight; on the CPU that is faster for few requests at once"""
     threads: int = Field(0, ge=0, le=1024)
     """CPU threads of the engine; 0: as many as there are cores"""
     max_model_len: int = Field(0, ge=0)
