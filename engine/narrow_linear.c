@@ -119,8 +119,8 @@ static void multiply(
                     const float *before = k ? sums : bias ? bias + panel : zeros;
                     const int64_t stride = k ? out_features : 0;
                     switch (count) { /* sums stay in registers where the compiler knows how many there are */
-#define CASE(ROWS) \
-    case ROWS: add_products(ROWS, from, part, scales, depth, before, stride, sums, out_features); break;
+#define CASE(COUNT) \
+    case COUNT: add_products(COUNT, from, part, scales, depth, before, stride, sums, out_features); break;
                         EACH_COUNT(CASE)
                     }
                 }
