@@ -10,8 +10,9 @@ all layers, and of the causal half of the attention; its bound is the rate of on
 
 The baselines run first, on the plain model: `model.generate` as the tutorial calls it, one request after the
 other, and transformers' continuous batching. The engine then does the same work, all requests at once. What
-does not fit into the memory is named and skipped. The last line of the output is the whole result as one JSON
-document.
+does not fit into the memory is named and skipped. At last `http_rates` measures what of the highest rate
+reaches streaming clients, with steps that take as long. The last line of the output is the whole result as one
+JSON document.
 """
 
 import argparse
@@ -21,6 +22,7 @@ import json
 import random
 import resource
 import statistics
+import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -34,7 +36,7 @@ import transformers
 from torch import Tensor
 from transformers import AutoModelForCausalLM, ContinuousBatchingConfig, GenerationConfig, LlamaConfig
 
-from benchmarks.serving import cpu_model
+from benchmarks.serving import ROOT, cpu_model
 from engine.block_pool import BlockPool
 from engine.chat_format import ChatFormat
 from engine.engine import Engine
@@ -365,6 +367,22 @@ def prefill_rows(
     return rows
 
 
+def measure_http(decodes: list[dict[str, Any]]) -> dict[str, float] | None:
+    """What of the highest of the rates would reach streaming clients, one for each sequence of its step."""
+    if not decodes:
+        return None
+    row = max(decodes, key=lambda row: row["tokens_per_s"])
+    flags = f"--clients {row['batch']} --step-ms {1000 * row['step_s']} --output-tokens 200"
+    command = [sys.executable, "-m", "benchmarks.http_rates", *flags.split()]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    if done.returncode:
+        print(f"http_rates failed: {done.stderr[-1000:]}", file=sys.stderr, flush=True)
+        return None
+    rates: dict[str, float] = json.loads(done.stdout.splitlines()[-1])["rates"][0]
+    print(f"HTTP, {row['batch']} streams: {rates['share']:.1%} of the tokens/s of such steps", flush=True)
+    return rates
+
+
 def print_work(name: str, result: dict[str, float]) -> None:
     print(f"{name}, {result['clients']} clients: {result['tokens_per_s']:.1f} tokens/s", flush=True)
 
@@ -464,6 +482,7 @@ def main() -> None:
         "kv_cache": kv_cache,
         "work": work,
         "ratios": ratios,
+        "http": measure_http(decodes),
     }
     print(json.dumps(result))
 

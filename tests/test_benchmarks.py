@@ -82,6 +82,10 @@ def test_the_roofline_runs_on_a_small_model() -> None:
     assert [row["tokens"] for row in result["prefill"]] == [32, 64]
     assert set(result["work"]) == {"generate", "continuous_batching", "engine_2", "engine_3"}
     assert result["ratios"].keys() == {"generate", "continuous_batching"}
+    fastest = max(result["decode"], key=lambda row: row["tokens_per_s"])
+    assert result["http"]["clients"] == fastest["batch"]
+    assert result["http"]["step_ms"] == pytest.approx(1000 * fastest["step_s"], abs=1e-4)
+    assert 0 < result["http"]["share"] < 1.5
 
 
 def test_what_int8_changes_is_measured_on_a_small_model() -> None:
