@@ -11,8 +11,8 @@ all layers, and of the causal half of the attention; its bound is the rate of on
 The baselines run first, on the plain model: `model.generate` as the tutorial calls it, one request after the
 other, and transformers' continuous batching. The engine then does the same work, all requests at once. What
 does not fit into the memory is named and skipped. At last `http_rates` measures what of the highest rate
-reaches streaming clients, with steps that take as long. The last line of the output is the whole result as one
-JSON document.
+reaches streaming clients, with steps that take as long. The last line of the output is the whole result as
+one JSON document.
 """
 
 import argparse
