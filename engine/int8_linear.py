@@ -40,8 +40,10 @@ class Int8Linear(nn.Module):
         self.weight: Tensor
         self.scale: Tensor
         self.bias: Tensor | None
-        for name, tensor in zip(("weight", "scale", "bias"), (*quantize(weight), bias), strict=True):
-            self.register_buffer(name, tensor)
+        quantized, scale = quantize(weight)
+        self.register_buffer("weight", quantized)
+        self.register_buffer("scale", scale)
+        self.register_buffer("bias", bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """[rows, in_features] -> [rows, out_features]"""

@@ -1,7 +1,6 @@
 """Weights of bfloat16 and int8, multiplied in float32: nothing of a row is lost, or gets into another."""
 
 import logging
-import random
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,17 +9,15 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from benchmarks.quantization import next_token_logits
-from demo.dialogs import load_dialogs, prompts_and_answers
-from engine.chat_format import ChatFormat
+from benchmarks.quantization import error
 from engine.int8_linear import Int8Linear, quantize
 from engine.llama import Llama
 from engine.model_runner import load_model
 from engine.narrow_linear import NarrowLinear, can_narrow, compiled, is_bfloat16
 from engine.packed_linear import PackedLinear
 from serving.settings import DEMO_MODEL
+from tests.engine.test_int8_linear import CPU, logits_of, random_tensor
 
-CPU = torch.device("cpu")
 WITHOUT_AVX512 = ("-mno-avx512f",)
 
 CPUINFO = Path("/proc/cpuinfo")
@@ -31,13 +28,8 @@ each_processor = pytest.mark.parametrize("flags", [(), WITHOUT_AVX512], ids=["na
 each_type = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.int8], ids=str)
 
 
-def random_tensor(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
-
-
-def random_weight(*shape: int, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+def narrow(weight: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
     """And its scale."""
-    weight = random_tensor(*shape)
     return quantize(weight) if dtype == torch.int8 else (weight.bfloat16(), None)
 
 
@@ -49,7 +41,7 @@ def random_weight(*shape: int, dtype: torch.dtype) -> tuple[Tensor, Tensor | Non
 def test_it_is_the_product_as_exact_as_in_float32(
     flags: tuple[str, ...], dtype: torch.dtype, has_bias: bool, size_in: int, size_out: int
 ) -> None:
-    weight, scale = random_weight(size_out, size_in, dtype=dtype)
+    weight, scale = narrow(random_tensor(size_out, size_in), dtype)
     bias = random_tensor(size_out, seed=1) if has_bias else None
     linear = NarrowLinear(weight, scale, bias, flags=flags)
     meant = weight.double() * (1 if scale is None else scale.double().unsqueeze(1))
@@ -69,7 +61,7 @@ def test_it_is_the_product_as_exact_as_in_float32(
 def test_a_row_gives_the_same_whatever_is_beside_it_and_whoever_computes(
     flags: tuple[str, ...], dtype: torch.dtype
 ) -> None:
-    linear = NarrowLinear(*random_weight(96, 700, dtype=dtype), None, flags=flags)
+    linear = NarrowLinear(*narrow(random_tensor(96, 700), dtype), None, flags=flags)
     x = random_tensor(130, 700)
     alone = torch.cat([linear(row.unsqueeze(0)) for row in x])
     x[5] = float("nan")
@@ -85,8 +77,7 @@ def test_a_row_gives_the_same_whatever_is_beside_it_and_whoever_computes(
 def test_what_is_no_number_is_not_hidden(dtype: torch.dtype) -> None:
     weight = random_tensor(3, 16)
     weight[1, 5] = float("nan")
-    narrow = quantize(weight) if dtype == torch.int8 else (weight.bfloat16(), None)
-    y = NarrowLinear(*narrow, None)(torch.ones(2, 16))
+    y = NarrowLinear(*narrow(weight, dtype), None)(torch.ones(2, 16))
     assert y[:, 1].isnan().all()
     assert y[:, [0, 2]].isfinite().all()
 
@@ -99,21 +90,14 @@ def test_only_what_bfloat16_holds_is_kept_in_it() -> None:
         other = weight.double()
         other[7, 3] = value
         assert not is_bfloat16(other)
-    for narrow in (torch.bfloat16, torch.int8):
-        assert can_narrow(narrow, CPU, torch.float32)
-        assert not can_narrow(narrow, CPU, torch.bfloat16)
-        assert not can_narrow(narrow, torch.device("cuda"), torch.float32)
+    for to in (torch.bfloat16, torch.int8):
+        assert can_narrow(to, CPU, torch.float32)
+        assert not can_narrow(to, CPU, torch.bfloat16)
+        assert not can_narrow(to, torch.device("cuda"), torch.float32)
 
 
 def matrices(model: Llama) -> set[type[nn.Module]]:
     return {type(module) for module in model.modules() if "Linear" in type(module).__name__}
-
-
-def logits_of(model: Llama) -> Tensor:
-    """But for the tokens that it can't choose."""
-    turns = random.Random(0).sample(prompts_and_answers(load_dialogs()), 3)
-    logits = torch.cat(next_token_logits(model, ChatFormat.from_pretrained(DEMO_MODEL), turns))
-    return logits.where(logits > -100, -100)
 
 
 @pytest.fixture
@@ -138,6 +122,5 @@ def test_without_a_compiler_or_the_processor_for_it_torch_multiplies(
     compiled.cache_clear()
     model = load_model(DEMO_MODEL, CPU, torch.float32, int8=int8)
     assert matrices(model) == {NarrowLinear}
-    expected = logits_of(without)
-    error = (logits_of(model) - expected).norm() / expected.norm()
-    assert 0 < error < (5e-3 if int8 else 1e-5)  # torch's product with int8 rounds inputs and outputs
+    difference = error([(logits_of(model), logits_of(without))])
+    assert 0 < difference < (5e-3 if int8 else 1e-5)  # torch's product with int8 rounds inputs and outputs
